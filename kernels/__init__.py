@@ -1,0 +1,1 @@
+"""Tensor functions of the engine: tensors in, tensors out, nothing about requests or models."""
