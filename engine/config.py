@@ -1,0 +1,137 @@
+"""EngineConfig: every number the engine is told, frozen, from YAML or keyword arguments.
+
+Facts learned at run time (block count, the checkpoint's context length) are return values of
+the code that learns them, never written back here.
+"""
+
+import difflib
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from engine.errors import ConfigError
+
+Device = Literal["auto", "cpu", "cuda"]
+DType = Literal["auto", "bfloat16", "float16", "float32"]
+GiB = 1024**3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Settings of one engine group.
+
+    cache_max_entry_count has LMDeploy's meaning: a float in (0, 1) is the share of the memory
+    free after the weights are loaded, an integer is a number of KV blocks. On the CPU the share
+    is capped at max_cpu_cache_bytes, because "free" there belongs to everyone.
+    """
+
+    model: str  # directory of a Hugging Face checkpoint
+    dtype: DType = "auto"  # auto: what the checkpoint says (float16 becomes bfloat16 on CPU)
+    device: Device = "auto"  # auto: cuda when there is one
+    tp: int = 1  # ranks that share each layer
+    session_len: int | None = None  # None: the checkpoint's max_position_embeddings
+    max_num_seqs: int = 256  # sequences running at once
+    max_num_batched_tokens: int = 2048  # tokens one step computes at most
+    max_waiting_requests: int = 1024  # admission: waiting sequences beyond this are refused
+    max_waiting_tokens: int = 1_000_000  # admission: waiting prompt tokens
+    block_size: int | None = None  # tokens per KV block; None: 16 on CPU, 64 on GPU
+    cache_max_entry_count: float | int = 0.8
+    max_cpu_cache_bytes: int = 2 * GiB
+    enable_prefix_caching: bool = True
+    int8_activations: bool = False  # CPU: quantise rows to int8 per token; faster, not exact
+    num_threads: int | None = None  # CPU threads of each rank; None: cores / tp
+    seed: int = 0  # draws of requests without a seed of their own
+    step_timeout_s: int = 120  # a step that takes longer counts as hung
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value!r}")
+        share = self.cache_max_entry_count
+        if isinstance(share, float) and not 0.0 < share < 1.0:
+            raise ConfigError(
+                "cache_max_entry_count must be a share between 0 and 1 (float) or a block count "
+                f"(integer), got {share!r}"
+            )
+        if isinstance(share, int) and share < 2:
+            raise ConfigError(
+                f"cache_max_entry_count as a block count needs 2 or more, got {share}"
+            )
+        if self.block_size is not None and self.block_size & (self.block_size - 1):
+            raise ConfigError(f"block_size must be a power of two, got {self.block_size}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "engine config") -> "EngineConfig":
+        """Build from parsed YAML; an unknown key is refused with its nearest known one."""
+        known = [f.name for f in fields(cls)]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+                raise ConfigError(f"{source}: unknown key {key!r}; {hint}")
+        if "model" not in values:
+            raise ConfigError(f"{source}: the key 'model' (a checkpoint directory) is missing")
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **overrides: Any) -> "EngineConfig":
+        """Read a YAML file; `overrides` that are not None win over the file."""
+        try:
+            values = yaml.safe_load(Path(path).read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"cannot read engine config {path}: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"engine config {path} must be a mapping of settings, got {values!r}")
+        values |= {key: value for key, value in overrides.items() if value is not None}
+        return cls.from_dict(values, str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def threads_per_rank(self) -> int:
+        """CPU threads of one rank: spinning pools that share a core ruin each other."""
+        return self.num_threads or max(1, len(os.sched_getaffinity(0)) // self.tp)
+
+
+_POSITIVE = (
+    "tp",
+    "session_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_waiting_requests",
+    "max_waiting_tokens",
+    "block_size",
+    "max_cpu_cache_bytes",
+    "num_threads",
+    "step_timeout_s",
+)
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "dtype": ("auto", "bfloat16", "float16", "float32"),
+    "device": ("auto", "cpu", "cuda"),
+}
+
+
+def _check_types(config: EngineConfig) -> None:
+    """YAML gives any type: refuse a wrong one by name instead of failing later."""
+    for name, allowed in _CHOICES.items():
+        if getattr(config, name) not in allowed:
+            raise ConfigError(
+                f"{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}"
+            )
+    for name in (*_POSITIVE, "seed"):
+        value = getattr(config, name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ConfigError(f"{name} must be an integer, got {value!r}")
+    for name in ("enable_prefix_caching", "int8_activations"):
+        if not isinstance(getattr(config, name), bool):
+            raise ConfigError(f"{name} must be true or false, got {getattr(config, name)!r}")
+    share = config.cache_max_entry_count
+    if not isinstance(share, (int, float)) or isinstance(share, bool):
+        raise ConfigError(f"cache_max_entry_count must be a number, got {share!r}")
+    if not isinstance(config.model, str) or not config.model:
+        raise ConfigError(f"model must be a checkpoint directory, got {config.model!r}")

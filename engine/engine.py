@@ -1,0 +1,74 @@
+"""Engine: the loop body. Requests in, one step at a time, outputs out; single-threaded.
+
+    step:  schedule → build → execute → update
+
+Knows no text, no HTTP, no processes.
+"""
+
+from engine.batch import Batch, Sampling
+from engine.block_manager import BlockManager
+from engine.config import EngineConfig
+from engine.errors import InvalidRequestError
+from engine.executor import EngineInfo, Executor, LocalExecutor
+from engine.outputs import EngineStats, SequenceOutput
+from engine.scheduler import Scheduler
+from engine.sequence import EngineRequest
+
+
+class Engine:
+    """One scheduler over one executor.
+
+    `executor` defaults to this process alone (tp=1); ray_group.py and tests pass another.
+    """
+
+    def __init__(self, config: EngineConfig, executor: Executor | None = None) -> None:
+        self.executor = executor or LocalExecutor(config)
+        self.info: EngineInfo = self.executor.info
+        self.scheduler = Scheduler(
+            BlockManager(self.info.num_blocks, self.info.block_size, config.enable_prefix_caching),
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            session_len=self.info.session_len,
+            seed=config.seed,
+        )
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request; InvalidRequestError when it could never be served."""
+        request.params.validate_vocab(self.info.vocab_size)
+        _check_vocab(request.prompt_token_ids + request.output_token_ids, self.info.vocab_size)
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> None:
+        """End a request and free what it holds; unknown ids are ignored."""
+        self.scheduler.abort(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def step(self) -> list[SequenceOutput]:
+        """Compute one step; at least one sequence advances while there is work."""
+        scheduled = self.scheduler.schedule()
+        assert scheduled.seqs, "step() needs work"
+        sampling = Sampling.build(scheduled)
+        batch = Batch.build(
+            scheduled, self.scheduler.block_tables, self.info.block_size, sampling.scores
+        )
+        result = self.executor.execute(batch, sampling)
+        return self.scheduler.update(scheduled, result)
+
+    def stats(self) -> EngineStats:
+        return self.scheduler.stats()
+
+    def close(self) -> None:
+        self.executor.close()
+
+
+def _check_vocab(token_ids: list[int], vocab_size: int) -> None:
+    for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
+        if not 0 <= token_id < vocab_size:
+            raise InvalidRequestError(
+                f"the prompt holds token id {token_id}; the vocabulary has ids 0 to "
+                f"{vocab_size - 1}",
+                "prompt",
+            )

@@ -1,0 +1,55 @@
+"""KVCache: one rank's key and value tensors of every layer, in blocks.
+
+Which block belongs to which sequence is the scheduler's affair.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.models.spec import DecoderSpec
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """Per layer a tensor of keys and one of values, [num_blocks, block_size, Hkv of the rank, D]."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    @classmethod
+    def allocate(
+        cls,
+        spec: DecoderSpec,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: str,
+        tp: int,
+    ) -> "KVCache":
+        """Zeroed, so that a never written slot cannot hold a NaN that survives masking."""
+        shape = (num_blocks, block_size, num_rank_kv_heads(spec, tp), spec.head_dim)
+        tensors = [_zeros(shape, dtype, device) for _ in range(2 * spec.num_layers)]
+        return cls(tuple(tensors[: spec.num_layers]), tuple(tensors[spec.num_layers :]))
+
+
+def bytes_per_block(spec: DecoderSpec, block_size: int, dtype: torch.dtype, tp: int) -> int:
+    """Bytes that one block takes on each rank, over all layers."""
+    values = block_size * num_rank_kv_heads(spec, tp) * spec.head_dim
+    return 2 * spec.num_layers * values * dtype.itemsize
+
+
+def num_rank_kv_heads(spec: DecoderSpec, tp: int) -> int:
+    """KV heads on each rank; with more ranks than heads, several ranks hold the same one."""
+    return max(1, spec.num_kv_heads // tp)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    if device != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # calloc: pages become resident when a block is first used. torch.zeros writes them all at
+    # once, which costs 0.7 s and the memory itself for a 2 GiB cache that may stay empty.
+    size = int(np.prod(shape)) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)

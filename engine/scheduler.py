@@ -1,0 +1,318 @@
+"""Scheduler: which sequences compute how many tokens in the next step, in which blocks.
+
+There is no prefill phase and no decode phase. Each sequence has tokens that are not computed
+yet; a step hands out a token budget, running sequences first, among them those that need one
+token. Chunked prefill, prefix hits, recompute after preemption and resumed streams are all the
+same subtraction (`num_uncomputed_tokens`). Sole owner of every Sequence; knows no tensors.
+
+`schedule` may run again before `update` of the previous step: sampled tokens whose values are
+not known here yet are counted as `num_pending_tokens`.
+"""
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from engine.batch import Int32Array
+from engine.block_manager import BlockManager
+from engine.errors import InvalidRequestError
+from engine.outputs import EngineStats, SequenceOutput, StepResult, TokenLogprobs
+from engine.sequence import EngineRequest, Sequence, Status
+
+
+@dataclass(slots=True)
+class ScheduledBatch:
+    """One step: sequence i computes num_new_tokens[i] tokens. Rows with one token come first."""
+
+    seqs: list[Sequence] = field(default_factory=list)
+    num_new_tokens: list[int] = field(default_factory=list)
+    num_decodes: int = 0
+    sampled: list[int] = field(default_factory=list)  # rows whose last token is computed
+    new_rows: list[Sequence] = field(default_factory=list)  # those that (re)entered `running`
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.num_new_tokens)
+
+    def append(self, seq: Sequence, num_new_tokens: int) -> None:
+        self.seqs.append(seq)
+        self.num_new_tokens.append(num_new_tokens)
+
+    def remove(self, seq: Sequence) -> int:
+        """Take back what was given to a sequence that is preempted; returns its tokens."""
+        if seq not in self.seqs:
+            return 0
+        index = self.seqs.index(seq)
+        del self.seqs[index]
+        return self.num_new_tokens.pop(index)
+
+
+class Scheduler:
+    def __init__(
+        self,
+        block_manager: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        session_len: int,
+        seed: int = 0,
+    ) -> None:
+        self.block_manager = block_manager
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.session_len = session_len
+        self.waiting: deque[Sequence] = deque()
+        self.num_waiting_tokens = 0
+        self.running: list[Sequence] = []
+        self._sequences: dict[str, Sequence] = {}
+        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        # Row r mirrors the block table of the running sequence in row r, as arrays for Batch.
+        max_blocks = -(-session_len // block_manager.block_size)
+        self.block_tables: Int32Array = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
+        self._seed = seed
+        self._num_requests = 0
+        self._counters = dict.fromkeys(_COUNTERS, 0)
+
+    # -- requests ---------------------------------------------------------------------------
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request. InvalidRequestError when it could never be served."""
+        num_prompt_tokens = len(request.prompt_token_ids)
+        if num_prompt_tokens == 0:
+            raise InvalidRequestError("the prompt is empty; it needs at least one token", "prompt")
+        if num_prompt_tokens >= self.session_len:
+            raise InvalidRequestError(
+                f"the prompt has {num_prompt_tokens} tokens; this model takes at most "
+                f"{self.session_len - 1} so that one more can be generated",
+                "prompt",
+            )
+        if request.request_id in self._sequences:
+            raise InvalidRequestError(f"request id {request.request_id!r} is in use", "request_id")
+        self._num_requests += 1
+        seed = hash((self._seed, self._num_requests))
+        seq = Sequence.from_request(request, self.session_len, seed)
+        if seq.num_output_tokens >= seq.max_output_tokens:
+            raise InvalidRequestError(
+                f"{seq.num_output_tokens} tokens are generated already and max_tokens is "
+                f"{seq.max_output_tokens}",
+                "output_token_ids",
+            )
+        self._sequences[request.request_id] = seq
+        self.waiting.append(seq)
+        self.num_waiting_tokens += seq.num_tokens
+
+    def abort(self, request_id: str) -> None:
+        """End a sequence and free its blocks; unknown or finished ids are ignored."""
+        seq = self._sequences.get(request_id)
+        if seq is not None:
+            self._finish(seq)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    # -- one step ---------------------------------------------------------------------------
+
+    def schedule(self) -> ScheduledBatch:
+        """Hand out the token budget. The batch is empty when nothing can be computed now."""
+        batch = ScheduledBatch()
+        budget = self.max_num_batched_tokens
+        decodes = [seq for seq in self.running if seq.num_uncomputed_tokens == 1]
+        chunks = [seq for seq in self.running if seq.num_uncomputed_tokens > 1]
+        num_running = len(self.running)
+        for seq in (*decodes, *chunks):
+            if budget == 0:
+                break
+            budget -= self._schedule_running(seq, batch, budget)
+        if len(self.running) == num_running:  # nobody was preempted: there is room for more
+            self._schedule_waiting(batch, budget)
+        self._launch(batch)
+        return batch
+
+    def update(self, batch: ScheduledBatch, result: StepResult) -> list[SequenceOutput]:
+        """Take in what a step computed; returns what each sequence has to report."""
+        outputs: list[SequenceOutput] = []
+        for row, prompt_logprobs in result.prompt_logprobs:
+            batch.seqs[row].prompt_logprobs.extend(prompt_logprobs)
+        logprobs = result.logprobs or [None] * len(batch.sampled)
+        for row, token_id, entry in zip(
+            batch.sampled, result.token_ids.tolist(), logprobs, strict=True
+        ):
+            seq = batch.seqs[row]
+            seq.num_pending_tokens -= 1
+            if seq.status is not Status.FINISHED:  # aborted while the step ran
+                outputs.append(self._append_token(seq, token_id, entry))
+        for seq in batch.seqs:
+            if seq.status is Status.RUNNING:
+                self.block_manager.cache_full_blocks(seq)
+        for output in outputs:
+            if output.finish_reason is not None:
+                self._finish(self._sequences[output.request_id])
+        return outputs
+
+    def stats(self) -> EngineStats:
+        blocks = self.block_manager
+        return EngineStats(
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
+            num_waiting_tokens=self.num_waiting_tokens,
+            kv_cache_usage=1.0 - blocks.num_free_blocks / blocks.num_blocks,
+            **self._counters,
+        )
+
+    def check_integrity(self) -> None:
+        """Assert that blocks and rows are free or owned, never both, and counters agree."""
+        self.block_manager.check_integrity([seq.block_table for seq in self._sequences.values()])
+        rows = [seq.row for seq in self.running]
+        assert sorted(rows + self._free_rows) == list(range(self.max_num_seqs))
+        for seq in self.running:
+            num_blocks = len(seq.block_table)
+            assert self.block_tables[seq.row, :num_blocks].tolist() == seq.block_table
+            assert seq.num_computed_tokens <= num_blocks * self.block_manager.block_size
+        for seq in self.waiting:
+            assert not seq.block_table
+            assert seq.row == -1
+
+    # -- helpers, in call order -------------------------------------------------------------
+
+    def _schedule_running(self, seq: Sequence, batch: ScheduledBatch, budget: int) -> int:
+        """Give `seq` its tokens; returns the budget used (negative: preemption gave some back)."""
+        if seq.status is not Status.RUNNING or seq.num_output_tokens >= seq.max_output_tokens:
+            return 0  # preempted just now, or its last token is pending
+        num_new = min(seq.num_uncomputed_tokens, budget)
+        returned = 0
+        missing = self.block_manager.num_missing_blocks(seq, seq.num_computed_tokens + num_new)
+        while missing > self.block_manager.num_free_blocks:
+            victim = self.running[-1]  # the youngest: least work lost, first come first served
+            returned += batch.remove(victim)
+            self._preempt(victim)
+            if victim is seq:
+                return -returned
+        self._extend(seq, missing)
+        batch.append(seq, num_new)
+        return num_new - returned
+
+    def _schedule_waiting(self, batch: ScheduledBatch, budget: int) -> None:
+        while self.waiting and budget > 0 and self._free_rows:
+            seq = self.waiting[0]
+            if seq.num_pending_tokens:  # preempted with its last token still on the device
+                break
+            block_ids, last_hash = self.block_manager.find_prefix(seq)
+            num_cached = len(block_ids) * self.block_manager.block_size
+            num_new = min(seq.num_tokens - num_cached, budget)
+            missing = -(-(num_cached + num_new) // self.block_manager.block_size) - len(block_ids)
+            taken = missing + self.block_manager.count_free(block_ids)
+            if taken + self._reserve > self.block_manager.num_free_blocks:
+                break
+            self.waiting.popleft()
+            self.num_waiting_tokens -= seq.num_tokens
+            self._admit(seq, block_ids, last_hash)
+            self._extend(seq, missing)
+            batch.append(seq, num_new)
+            batch.new_rows.append(seq)
+            budget -= num_new
+
+    @property
+    def _reserve(self) -> int:
+        """Free blocks kept for what runs already, so that admission does not cause preemption."""
+        return min(len(self.running), self.block_manager.num_blocks // 16)
+
+    def _admit(self, seq: Sequence, block_ids: list[int], last_hash: bytes) -> None:
+        seq.row = self._free_rows.pop()
+        seq.status = Status.RUNNING
+        self.running.append(seq)
+        self.block_manager.take_prefix(seq, block_ids, last_hash)
+        self.block_tables[seq.row, : len(block_ids)] = block_ids
+        seq.num_computed_tokens = len(block_ids) * self.block_manager.block_size
+        self._counters["prefix_cache_queries"] += seq.num_tokens
+        self._counters["prefix_cache_hits"] += seq.num_computed_tokens
+        if seq.first_scheduled_time is None:
+            seq.first_scheduled_time = time.time()
+            seq.num_cached_tokens = min(seq.num_computed_tokens, seq.num_prompt_tokens)
+            self._counters["num_prompt_tokens"] += seq.num_prompt_tokens
+
+    def _extend(self, seq: Sequence, num_blocks: int) -> None:
+        if num_blocks > 0:
+            start = len(seq.block_table)
+            self.block_manager.extend(seq, num_blocks)
+            added = seq.block_table[start:]
+            self.block_tables[seq.row, start : start + num_blocks] = added
+
+    def _launch(self, batch: ScheduledBatch) -> None:
+        """Order the rows, and count the step's work as done: it is computed before the next."""
+        order = sorted(range(len(batch.seqs)), key=lambda i: batch.num_new_tokens[i] > 1)
+        batch.seqs = [batch.seqs[i] for i in order]
+        batch.num_new_tokens = [batch.num_new_tokens[i] for i in order]
+        batch.num_decodes = batch.num_new_tokens.count(1)
+        for row, (seq, num_new) in enumerate(zip(batch.seqs, batch.num_new_tokens, strict=True)):
+            seq.num_computed_tokens += num_new
+            if seq.num_computed_tokens == seq.num_tokens:
+                seq.num_pending_tokens += 1
+                batch.sampled.append(row)
+        self._counters["num_steps"] += 1
+        self._counters["num_batched_tokens"] += batch.num_tokens
+
+    def _append_token(
+        self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None
+    ) -> SequenceOutput:
+        seq.token_ids.append(token_id)
+        self._counters["num_generation_tokens"] += 1
+        num_output = len(seq.token_ids) - seq.num_prompt_tokens
+        output = SequenceOutput(seq.request.request_id, [token_id])
+        if logprobs is not None:
+            output.logprobs = [logprobs]
+        if num_output == len(seq.request.output_token_ids) + 1:
+            self._describe_first(seq, output)
+        if token_id in seq.stop_token_ids and num_output >= seq.params.min_tokens:
+            output.finish_reason = "stop"
+            output.stop_token_id = token_id
+        elif num_output >= seq.max_output_tokens:
+            output.finish_reason = "length"
+        return output
+
+    @staticmethod
+    def _describe_first(seq: Sequence, output: SequenceOutput) -> None:
+        """What a sequence reports once, with its first token."""
+        assert seq.first_scheduled_time is not None
+        output.num_cached_tokens = seq.num_cached_tokens
+        output.queue_time = max(0.0, seq.first_scheduled_time - seq.request.arrival_time)
+        if seq.params.prompt_logprobs is not None:
+            output.prompt_logprobs = [None, *seq.prompt_logprobs]
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Give back everything of a running sequence; it will be recomputed from its tokens."""
+        self._vacate(seq)
+        seq.status = Status.WAITING
+        seq.num_computed_tokens = 0
+        seq.num_preemptions += 1
+        self._counters["num_preemptions"] += 1
+        self.waiting.appendleft(seq)
+        self.num_waiting_tokens += seq.num_tokens
+
+    def _finish(self, seq: Sequence) -> None:
+        if seq.status is Status.RUNNING:
+            self._vacate(seq)
+        else:
+            self.waiting.remove(seq)
+            self.num_waiting_tokens -= seq.num_tokens
+        seq.status = Status.FINISHED
+        del self._sequences[seq.request_id]
+
+    def _vacate(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self.block_manager.release(seq)
+        self._free_rows.append(seq.row)
+        seq.row = -1
+
+
+_COUNTERS = (
+    "num_preemptions",
+    "prefix_cache_queries",
+    "prefix_cache_hits",
+    "num_prompt_tokens",
+    "num_generation_tokens",
+    "num_steps",
+    "num_batched_tokens",
+)

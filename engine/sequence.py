@@ -1,0 +1,103 @@
+"""Sequence: one prompt and its generated tokens, with the counters scheduling needs.
+
+Owned by the Scheduler alone; other processes see EngineRequest (in) and SequenceOutput (out).
+"""
+
+import time
+from dataclasses import dataclass, field
+from enum import Enum
+
+from engine.outputs import TokenLogprobs
+from engine.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRequest:
+    """A sequence as it is submitted.
+
+    `output_token_ids` is not empty when a stream is resumed: those tokens count as generated
+    already (penalties, draw positions, max_tokens). `eos_token_ids` come from the text layer; the
+    engine reads no tokenizer. `cache_salt` separates prefix caches.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    eos_token_ids: tuple[int, ...] = ()
+    output_token_ids: list[int] = field(default_factory=list)
+    cache_salt: str | None = None
+    arrival_time: float = field(default_factory=time.time)
+
+
+class Status(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Scheduler state of one request.
+
+    num_tokens counts prompt, known output and pending tokens; num_computed_tokens counts those
+    whose keys and values are in the cache or being written by a launched step. Their difference
+    is all the work there is: prefill, chunk, decode and recompute are the same subtraction.
+    """
+
+    request: EngineRequest
+    token_ids: list[int]  # prompt + known output
+    num_prompt_tokens: int
+    seed: int
+    max_output_tokens: int  # never below 1
+    stop_token_ids: frozenset[int]  # eos (unless ignored) and the request's own
+    status: Status = Status.WAITING
+    block_table: list[int] = field(default_factory=list)
+    row: int = -1  # index in the worker's request table while running
+    num_computed_tokens: int = 0
+    num_pending_tokens: int = 0  # sampled on the device, value not yet known here (0 or 1)
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
+    num_preemptions: int = 0
+    num_hashed_blocks: int = 0
+    last_block_hash: bytes = b""
+    first_scheduled_time: float | None = None
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of tokens 1, 2, …
+
+    @classmethod
+    def from_request(cls, request: EngineRequest, session_len: int, seed: int) -> "Sequence":
+        """`seed` is used when the request names none."""
+        params = request.params
+        num_prompt_tokens = len(request.prompt_token_ids)
+        room = session_len - num_prompt_tokens
+        eos = () if params.ignore_eos else request.eos_token_ids
+        return cls(
+            request=request,
+            token_ids=[*request.prompt_token_ids, *request.output_token_ids],
+            num_prompt_tokens=num_prompt_tokens,
+            seed=seed if params.seed is None else params.seed,
+            max_output_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            stop_token_ids=frozenset(eos) | frozenset(params.stop_token_ids),
+        )
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.request.params
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) + self.num_pending_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]

@@ -1,0 +1,134 @@
+"""Worker: one rank's weights, KV cache and, on rank 0, the sampler. Computes steps; decides nothing."""
+
+from pathlib import Path
+
+import torch
+
+from engine.batch import Batch, PromptScore, Sampling
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from engine.kv_cache import KVCache, bytes_per_block
+from engine.models import load_decoder, load_spec, resolve_dtype
+from engine.outputs import StepResult, TokenLogprobs
+from engine.parallel import ParallelGroup
+from engine.sampler import Sampler, token_logprobs
+from kernels.attention import AttentionMetadata
+
+SCORE_ROWS = 256  # prompt tokens whose logits exist at once: 256 × 128k × 4 B = 131 MB
+
+
+class Worker:
+    def __init__(self, config: EngineConfig, group: ParallelGroup) -> None:
+        self.device = resolve_device(config.device)
+        if self.device == "cpu":
+            torch.set_num_threads(config.threads_per_rank())
+        path = Path(config.model)
+        self.spec = load_spec(path)
+        self.dtype = resolve_dtype(config.dtype, path, self.device)
+        self.block_size = config.block_size or (16 if self.device == "cpu" else 64)
+        self._group = group
+        self._decoder = load_decoder(
+            path,
+            self.spec,
+            dtype=self.dtype,
+            device=self.device,
+            group=group,
+            int8_activations=config.int8_activations,
+        )
+        limit = config.session_len or self.spec.max_position_embeddings
+        self.num_blocks = group.min(self._count_blocks(config, limit))
+        self.session_len = min(limit, self.num_blocks * self.block_size)
+        self._kv_cache = KVCache.allocate(
+            self.spec, self.num_blocks, self.block_size, self.dtype, self.device, group.size
+        )
+        self._sampler = Sampler(
+            self.spec.vocab_size, config.max_num_seqs, self.session_len, self.device
+        )
+
+    @torch.inference_mode()
+    def execute(self, batch: Batch, sampling: Sampling | None) -> StepResult | None:
+        """Run one step; the result exists on rank 0, which alone is given `sampling`."""
+        meta = AttentionMetadata.build(
+            batch.query_start_loc,
+            batch.context_lens,
+            batch.block_tables,
+            batch.slot_mapping,
+            batch.num_decodes,
+            self.block_size,
+            self.device,
+        )
+        input_ids = torch.from_numpy(batch.input_ids).to(self.device, torch.int64)
+        positions = torch.from_numpy(batch.positions).to(self.device, torch.int64)
+        hidden = self._decoder.forward(input_ids, positions, meta, self._kv_cache)
+        indices = torch.from_numpy(batch.logit_indices).to(self.device, torch.int64)
+        logits = self._decoder.logits(hidden[indices[: batch.num_sampled]])
+        scored = self._score(hidden, indices[batch.num_sampled :], sampling)
+        if sampling is None:
+            return None
+        assert logits is not None, "logits are gathered on rank 0"
+        sampled = self._sampler.sample(logits, sampling.batch)
+        return StepResult(sampled.token_ids, sampled.logprobs, scored)
+
+    def _score(
+        self, hidden: torch.Tensor, indices: torch.Tensor, sampling: Sampling | None
+    ) -> list[tuple[int, list[TokenLogprobs]]]:
+        """Log probabilities of known prompt tokens; every rank takes part in the gathers."""
+        entries: list[TokenLogprobs] = []
+        scores = sampling.scores if sampling is not None else []
+        token_ids = torch.tensor([t for score in scores for t in score.token_ids])
+        num_top = max((score.num_top for score in scores), default=0)
+        for start in range(0, len(indices), SCORE_ROWS):
+            logits = self._decoder.logits(hidden[indices[start : start + SCORE_ROWS]])
+            if logits is not None:
+                entries += token_logprobs(logits, token_ids[start : start + SCORE_ROWS], num_top)
+        return _split(entries, scores)
+
+    def _count_blocks(self, config: EngineConfig, session_len: int) -> int:
+        """KV blocks this rank can afford, and no more than max_num_seqs full sessions need."""
+        if isinstance(config.cache_max_entry_count, int):
+            return config.cache_max_entry_count
+        block_bytes = bytes_per_block(self.spec, self.block_size, self.dtype, self._group.size)
+        free = free_memory(self.device)
+        budget = int(free * config.cache_max_entry_count)
+        if self.device == "cpu":
+            budget = min(budget, config.max_cpu_cache_bytes) // self._group.size
+        useful = config.max_num_seqs * -(-session_len // self.block_size)
+        num_blocks = min(budget // block_bytes, useful)
+        if num_blocks < 2:
+            raise ConfigError(
+                f"no room for the KV cache: {free / 2**30:.1f} GiB are free on {self.device}, one "
+                f"block of {self.block_size} tokens takes {block_bytes / 2**20:.1f} MiB; raise "
+                "cache_max_entry_count or use more ranks (tp)"
+            )
+        return num_blocks
+
+
+def resolve_device(device: str) -> str:
+    """ "auto" becomes cuda when there is one; ConfigError when cuda is asked for and absent."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda' but torch sees no GPU; use 'cpu' or 'auto'")
+    return device
+
+
+def free_memory(device: str) -> int:
+    """Bytes a new allocation could use now."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):  # counts the page cache, which the kernel gives back
+            return int(line.split()[1]) * 1024
+    raise ConfigError("/proc/meminfo has no MemAvailable; set cache_max_entry_count to a number")
+
+
+def _split(
+    entries: list[TokenLogprobs], scores: list[PromptScore]
+) -> list[tuple[int, list[TokenLogprobs]]]:
+    parts: list[tuple[int, list[TokenLogprobs]]] = []
+    start = 0
+    for score in scores:
+        end = start + len(score.token_ids)
+        parts.append((score.seq_index, entries[start:end]))
+        start = end
+    return parts
