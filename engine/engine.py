@@ -9,21 +9,18 @@ from engine.batch import Batch, Sampling
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig
 from engine.errors import InvalidRequestError
-from engine.executor import EngineInfo, Executor, LocalExecutor
+from engine.executor import EngineInfo, Executor
 from engine.outputs import EngineStats, SequenceOutput
 from engine.scheduler import Scheduler
 from engine.sequence import EngineRequest
 
 
 class Engine:
-    """One scheduler over one executor.
+    """One scheduler over one executor."""
 
-    `executor` defaults to this process alone (tp=1); ray_group.py and tests pass another.
-    """
-
-    def __init__(self, config: EngineConfig, executor: Executor | None = None) -> None:
-        self.executor = executor or LocalExecutor(config)
-        self.info: EngineInfo = self.executor.info
+    def __init__(self, config: EngineConfig, executor: Executor) -> None:
+        self.executor = executor
+        self.info: EngineInfo = executor.info
         self.scheduler = Scheduler(
             BlockManager(self.info.num_blocks, self.info.block_size, config.enable_prefix_caching),
             max_num_seqs=config.max_num_seqs,

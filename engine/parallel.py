@@ -29,7 +29,9 @@ class ParallelGroup:
         if size == 1:
             return cls()
         host, port = address.rsplit(":", 1)
-        store = dist.TCPStore(host, int(port), size, rank == 0, timeout=_MEET)
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            host, int(port), size, rank == 0, timeout=_MEET
+        )
         on_gpu = device == "cuda"
         dist.init_process_group(
             "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size, timeout=_IDLE

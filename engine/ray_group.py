@@ -8,7 +8,7 @@ and keeps one parked call on every rank, which fails the moment that rank dies.
 import asyncio
 import socket
 import threading
-from typing import Any
+from typing import Any, TypeAlias
 
 import ray
 from ray.actor import ActorHandle
@@ -20,15 +20,18 @@ from engine.batcher import RequestBatcher
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineDeadError, MantaError
-from engine.executor import EngineInfo, LocalExecutor, follow
+from engine.executor import EngineInfo
+from engine.local_executor import LocalExecutor, follow
 from engine.outputs import EngineStats, SequenceOutput
 from engine.parallel import ParallelGroup
 from engine.sequence import EngineRequest
 from engine.worker import Worker, resolve_device
 
+Actor: TypeAlias = "ActorHandle[EngineActor]"
+
 
 class EngineActor:
-    """One rank. Async, so that submit, abort and a waiting poll interleave; compute is in threads."""
+    """One rank. Async, so that submit, abort and a waiting poll interleave; threads compute."""
 
     def __init__(self, config: EngineConfig, rank: int) -> None:
         self._config = config
@@ -38,7 +41,7 @@ class EngineActor:
 
     async def address(self) -> str:
         """A host:port of this rank's node on which the group can meet."""
-        host = ray.util.get_node_ip_address()
+        host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         with socket.socket() as probe:
             probe.bind((host, 0))
             return f"{host}:{probe.getsockname()[1]}"
@@ -93,7 +96,7 @@ class EngineActor:
 class EngineGroup:
     """The owner's side of one engine group."""
 
-    def __init__(self, actors: list[ActorHandle], info: EngineInfo) -> None:
+    def __init__(self, actors: list[Actor], info: EngineInfo) -> None:
         self.info = info
         self._actors = actors
         self._death = asyncio.ensure_future(_first_death(actors))
@@ -151,7 +154,7 @@ class EngineGroup:
         _kill(self._actors)
 
 
-def _create(config: EngineConfig, rank: int) -> ActorHandle:
+def _create(config: EngineConfig, rank: int) -> Actor:
     options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 0}
     placement = get_current_placement_group()
     if placement is not None:
@@ -163,10 +166,12 @@ def _create(config: EngineConfig, rank: int) -> ActorHandle:
                 placement, placement_group_bundle_index=rank + 1
             ),
         }
-    elif config.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= config.tp:
-        options["num_gpus"] = 1
-    actor: ActorHandle = ray.remote(EngineActor).options(**options).remote(config, rank)
-    return actor
+    elif config.device != "cpu":
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        options["num_gpus"] = int(resources.get("GPU", 0) >= config.tp)
+    actor: Any = ray.remote(EngineActor)
+    handle: Actor = actor.options(**options).remote(config, rank)
+    return handle
 
 
 async def _reply(ref: Any) -> Any:
@@ -177,7 +182,7 @@ async def _reply(ref: Any) -> Any:
         raise _cause(error) from error
 
 
-async def _first_death(actors: list[ActorHandle]) -> EngineDeadError:
+async def _first_death(actors: list[Actor]) -> EngineDeadError:
     """Resolves when a rank dies: its parked call ends with the reason."""
     parked = [asyncio.ensure_future(_reply(actor.park.remote())) for actor in actors]
     try:
@@ -195,7 +200,7 @@ def _cause(error: RayTaskError | RayActorError) -> Exception:
     return EngineDeadError(str(error))
 
 
-def _kill(actors: list[ActorHandle]) -> None:
+def _kill(actors: list[Actor]) -> None:
     for actor in actors:
         ray.kill(actor)
 

@@ -1,4 +1,7 @@
-"""Worker: one rank's weights, KV cache and, on rank 0, the sampler. Computes steps; decides nothing."""
+"""Worker: one rank's weights, KV cache and, on rank 0, the sampler.
+
+Computes the steps it is given; decides nothing about them.
+"""
 
 from pathlib import Path
 

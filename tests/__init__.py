@@ -1,0 +1,1 @@
+"""Tests state invariants and compare with oracles nobody here wrote."""

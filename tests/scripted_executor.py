@@ -1,0 +1,79 @@
+"""An Executor that computes nothing: its next token is a function of the whole history.
+
+It checks what a real one relies on: every key and value a query reads was written by the same
+sequence (or by one with the same prefix) at the slot the batch names.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from engine.batch import PENDING, Batch, Sampling
+from engine.executor import EngineInfo
+from engine.outputs import StepResult
+
+
+def next_token(history: Sequence[int], vocab_size: int) -> int:
+    """A token that depends on every earlier one."""
+    value = 17
+    for token_id in history:
+        value = (value * 31 + token_id + 7) % 1_000_003
+    return value % vocab_size
+
+
+class ScriptedExecutor:
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        session_len: int = 128,
+        vocab_size: int = 50,
+    ) -> None:
+        self.info = EngineInfo(
+            vocab_size=vocab_size,
+            session_len=min(session_len, num_blocks * block_size),
+            num_blocks=num_blocks,
+            block_size=block_size,
+            dtype="float32",
+            device="cpu",
+            tp=1,
+        )
+        self.slots: dict[int, int] = {}  # slot → token whose key and value it holds
+        self.last_token: dict[int, int] = {}  # row → newest sampled token, as a device keeps it
+        self.num_tokens_per_step: list[int] = []
+        self.closed = False
+
+    def execute(self, batch: Batch, sampling: Sampling) -> StepResult:
+        batch = Batch.unpack(batch.buffer.copy())  # what crosses processes is enough
+        self.num_tokens_per_step.append(batch.num_tokens)
+        histories = self._write_and_read(batch)
+        sampled: list[int] = []
+        for logit_index in batch.logit_indices[: batch.num_sampled]:
+            seq = int(np.searchsorted(batch.query_start_loc, logit_index, side="right")) - 1
+            token_id = next_token(histories[seq], self.info.vocab_size)
+            self.last_token[int(batch.rows[seq])] = token_id
+            sampled.append(token_id)
+        return StepResult(np.array(sampled, dtype=np.int32))
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _write_and_read(self, batch: Batch) -> list[list[int]]:
+        """Write this step's tokens to their slots, then read each sequence back through its table."""
+        starts = batch.query_start_loc
+        for seq, row in enumerate(batch.rows.tolist()):
+            for token in range(starts[seq], starts[seq + 1]):
+                token_id = int(batch.input_ids[token])
+                known = self.last_token[row] if token_id == PENDING else token_id
+                self.slots[int(batch.slot_mapping[token])] = known
+        return [
+            [self.slots[slot] for slot in self._slots(batch, seq)] for seq in range(batch.num_seqs)
+        ]
+
+    def _slots(self, batch: Batch, seq: int) -> list[int]:
+        size = self.info.block_size
+        return [
+            int(batch.block_tables[seq, position // size]) * size + position % size
+            for position in range(int(batch.context_lens[seq]))
+        ]
