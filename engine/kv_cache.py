@@ -14,7 +14,7 @@ from engine.models.spec import DecoderSpec
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """Per layer a tensor of keys and one of values, [num_blocks, block_size, Hkv of the rank, D]."""
+    """Keys and values of each layer, [num_blocks, block_size, kv heads of the rank, D]."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]

@@ -1,0 +1,112 @@
+"""Decoder: the forward pass of every family, over flat tokens and a paged KV cache.
+
+Pre-norm transformer (arXiv 2302.13971): each layer adds attention(norm(x)), then MLP(norm(x)), to
+the residual stream. The T tokens of a step may belong to many sequences; only attention knows
+which, through its metadata. Weights come from engine/models/loader.py.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.kv_cache import KVCache
+from engine.models.linear import (
+    Linear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+)
+from kernels.activation import silu_mul
+from kernels.attention import AttentionMetadata, paged_attention, store_kv
+from kernels.norm import add_rms_norm, rms_norm
+from kernels.rope import apply_rope
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Grouped-query attention with rotary positions; the heads are this rank's."""
+
+    qkv: Linear
+    o: RowParallelLinear
+    q_norm: Tensor | None  # [D]
+    k_norm: Tensor | None
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int | None
+    eps: float
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        meta: AttentionMetadata,
+        k_cache: Tensor,
+        v_cache: Tensor,
+    ) -> Tensor:
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        qkv = self.qkv(hidden).view(-1, heads + 2 * kv_heads, self.head_dim)
+        q, k, v = qkv.split_with_sizes((heads, kv_heads, kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
+        q, k = apply_rope(q, k, *rotary)
+        store_kv(k, v, k_cache, v_cache, meta)
+        scale = self.head_dim**-0.5
+        attended = paged_attention(q, k_cache, v_cache, meta, scale, self.window)
+        return self.o(attended.view(-1, heads * self.head_dim))
+
+
+@dataclass(frozen=True, slots=True)
+class MLP:
+    """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
+
+    gate_up: Linear
+    down: RowParallelLinear
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self.down(silu_mul(self.gate_up(hidden)))
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    input_norm: Tensor  # [H]
+    attention: Attention
+    post_attention_norm: Tensor  # [H]
+    mlp: MLP
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    embed: VocabParallelEmbedding
+    layers: tuple[DecoderLayer, ...]
+    norm: Tensor  # [H]
+    head: VocabParallelHead
+    cos: Tensor  # [session_len, D]
+    sin: Tensor
+    eps: float
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        meta: AttentionMetadata,
+        kv_cache: KVCache,
+    ) -> Tensor:
+        """input_ids and positions int64 [T] -> hidden [T, H], normalised; fills the KV cache."""
+        rotary = self.cos[positions], self.sin[positions]
+        hidden = self.embed(input_ids)
+        residual = torch.zeros_like(hidden)
+        caches = zip(kv_cache.keys, kv_cache.values, strict=True)
+        for layer, (k_cache, v_cache) in zip(self.layers, caches, strict=True):
+            hidden, residual = add_rms_norm(hidden, residual, layer.input_norm, self.eps)
+            hidden = layer.attention(hidden, rotary, meta, k_cache, v_cache)
+            hidden, residual = add_rms_norm(hidden, residual, layer.post_attention_norm, self.eps)
+            hidden = layer.mlp(hidden)
+        return add_rms_norm(hidden, residual, self.norm, self.eps)[0]
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        """hidden [L, H] of `forward` -> float32 [L, V] on rank 0, None on the other ranks."""
+        return self.head(hidden)

@@ -1,0 +1,1 @@
+"""One file per model family: a Hugging Face config in, a DecoderSpec out."""

@@ -1,0 +1,72 @@
+"""The layers that hold weights, each as one rank's shard.
+
+Column-parallel: a rank has some output features and needs no communication. Row-parallel: it has
+some input features, and the ranks' results are summed. Vocabulary-parallel: it has some token ids.
+"""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.parallel import ParallelGroup
+from kernels.int4_linear import Int4Weight, int4_linear
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """x [T, K] -> [T, N]; `weight` is dense [N, K] or packed int4."""
+
+    weight: Tensor | Int4Weight
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if isinstance(self.weight, Int4Weight):
+            return int4_linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class RowParallelLinear:
+    """x [T, K/tp] -> [T, N], equal on all ranks; the bias is added to the sum, once."""
+
+    linear: Linear
+    bias: Tensor | None
+    group: ParallelGroup
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.group.all_reduce(self.linear(x))
+        return y if self.bias is None else y.add_(self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class VocabParallelEmbedding:
+    """Token ids [T] -> [T, H]; the rank's rows [Vp/tp, H] start at token id `first`."""
+
+    weight: Tensor
+    first: int
+    group: ParallelGroup
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        if self.group.size == 1:
+            return F.embedding(input_ids, self.weight)
+        local = input_ids - self.first
+        elsewhere = (local < 0) | (local >= self.weight.shape[0])
+        rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        return self.group.all_reduce(rows.masked_fill_(elsewhere.unsqueeze(1), 0))
+
+
+@dataclass(frozen=True, slots=True)
+class VocabParallelHead:
+    """hidden [L, H] -> logits float32 [L, V] on rank 0, None on the others.
+
+    The last rank's rows are padded with zeros when tp does not divide the vocabulary.
+    """
+
+    weight: Tensor  # [Vp/tp, H]
+    vocab_size: int
+    group: ParallelGroup
+
+    def __call__(self, hidden: Tensor) -> Tensor | None:
+        logits = self.group.gather_columns(F.linear(hidden, self.weight))
+        return None if logits is None else logits[:, : self.vocab_size].float()

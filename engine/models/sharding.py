@@ -1,0 +1,70 @@
+"""How a spec is cut over tp ranks, and which tp values cut it evenly.
+
+Query heads, the MLP's inner features and (padded) token ids are dealt in equal runs. With more
+ranks than kv heads, neighbouring ranks share one.
+"""
+
+from dataclasses import dataclass
+
+from engine.errors import ConfigError
+from engine.models.spec import DecoderSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What one rank holds, as ranges of the whole model's indices."""
+
+    heads: range
+    kv_heads: range
+    inner: range  # the MLP's intermediate features
+    vocab: range  # may end beyond vocab_size: padding
+
+    @classmethod
+    def of(cls, spec: DecoderSpec, rank: int, tp: int) -> "Shard":
+        kv_heads = (
+            _run(spec.num_kv_heads, rank, tp)
+            if spec.num_kv_heads >= tp
+            else _run(spec.num_kv_heads, rank * spec.num_kv_heads // tp, spec.num_kv_heads)
+        )
+        return cls(
+            heads=_run(spec.num_heads, rank, tp),
+            kv_heads=kv_heads,
+            inner=_run(spec.intermediate_size, rank, tp),
+            vocab=_run(-(-spec.vocab_size // tp) * tp, rank, tp),
+        )
+
+
+def check_tp(spec: DecoderSpec, tp: int) -> None:
+    """ConfigError, naming the allowed values, when the model cannot be cut over `tp` ranks."""
+    reason = _obstacle(spec, tp)
+    if reason:
+        allowed = [str(n) for n in range(1, spec.num_heads + 1) if not _obstacle(spec, n)]
+        raise ConfigError(
+            f"tp={tp} does not fit this model: {reason}; allowed: {', '.join(allowed)}"
+        )
+
+
+def _obstacle(spec: DecoderSpec, tp: int) -> str | None:
+    if spec.num_heads % tp:
+        return f"its {spec.num_heads} attention heads are no multiple of {tp}"
+    if spec.num_kv_heads % tp and tp % spec.num_kv_heads:
+        return f"its {spec.num_kv_heads} kv heads neither split over {tp} ranks nor repeat evenly"
+    if spec.intermediate_size % tp:
+        return f"its intermediate_size {spec.intermediate_size} is no multiple of {tp}"
+    if spec.awq is None or tp == 1:
+        return None
+    # Row-parallel int4 linears are cut along K, where a group shares one scale.
+    group_size = spec.awq.group_size
+    for name, size in (
+        ("o_proj", spec.num_heads * spec.head_dim),
+        ("down_proj", spec.intermediate_size),
+    ):
+        if size // tp % group_size:
+            return f"{name}'s {size} inputs over {tp} ranks would cut a group of {group_size}"
+    return None
+
+
+def _run(total: int, index: int, parts: int) -> range:
+    """The index-th of `parts` equal runs of range(total)."""
+    size = total // parts
+    return range(index * size, (index + 1) * size)

@@ -1,0 +1,1 @@
+"""Checkpoint files in, tensors of one rank out."""
