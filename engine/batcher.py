@@ -2,7 +2,7 @@
 
 Requests arrive at any time from any thread and join the next step; outputs collect, merged per
 sequence, until somebody takes them, so that a slow reader gets fewer, larger reports. Owns the
-inbox, the outbox and the loop's health. The engine is touched by the loop thread only.
+inbox, the outbox and the loop's health. Only the loop thread changes the engine.
 """
 
 import logging
@@ -149,8 +149,10 @@ class RequestBatcher:
     def _admission_error(self, request: EngineRequest) -> QueueFullError | EngineDeadError | None:
         if self._failure is not None:
             return self._failure
-        num_waiting = len(self._inbox) + self._stats.num_waiting
-        num_tokens = self._inbox_tokens + self._stats.num_waiting_tokens
+        # Two reads of plain ints the loop thread may be changing: off by one at worst, whereas a
+        # snapshot taken before a step would count the sequences that step has just admitted.
+        num_waiting = len(self._inbox) + self._engine.num_waiting
+        num_tokens = self._inbox_tokens + self._engine.num_waiting_tokens
         num_tokens += len(request.prompt_token_ids)
         if num_waiting >= self._max_waiting_requests:
             return QueueFullError(

@@ -43,6 +43,14 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
+    @property
+    def num_waiting(self) -> int:
+        return len(self.scheduler.waiting)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        return self.scheduler.num_waiting_tokens
+
     def step(self) -> list[SequenceOutput]:
         """Compute one step; at least one sequence advances while there is work."""
         scheduled = self.scheduler.schedule()

@@ -1,0 +1,203 @@
+"""LLM: offline generation in this process. Text or token ids in, finished outputs out."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tqdm import tqdm
+
+from engine.chat_template import Message
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.errors import ConfigError
+from engine.local_executor import LocalExecutor
+from engine.outputs import FinishReason, SequenceOutput, TokenLogprobs
+from engine.sampling_params import SamplingParams
+from engine.sequence import EngineRequest
+from engine.text import TextStream
+from engine.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One generated sequence. `stop_reason` is the stop string or token id that ended it."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """A prompt and its `n` completions."""
+
+    prompt: str | None  # None when token ids were given
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    num_cached_tokens: int = 0
+
+
+class LLM:
+    """A model loaded for offline use. Keyword arguments are EngineConfig's.
+
+    >>> llm = LLM("models/demo-awq")
+    >>> llm.chat([{"role": "user", "content": "What is 12 + 30?"}])[0].outputs[0].text
+    """
+
+    def __init__(self, model: str, **config: Any) -> None:
+        self.config = EngineConfig.from_dict({"model": model, **config}, "LLM")
+        if self.config.tp > 1:
+            raise ConfigError(
+                f"LLM runs in one process (tp=1), got tp={self.config.tp}; `manta serve --tp "
+                f"{self.config.tp}` starts one process per rank"
+            )
+        self.tokenizer = Tokenizer.load(model)
+        self._engine = Engine(self.config, LocalExecutor(self.config))
+        self._ids = map(str, itertools.count())
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete every prompt; outputs come in the order of the prompts.
+
+        `params` is one for all or one per prompt; None takes the checkpoint's own defaults.
+        InvalidRequestError names a prompt or parameter that cannot be served; then nothing runs.
+        """
+        items: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts
+        requests = [
+            _Request(self.tokenizer, prompt, each, self._ids)
+            for prompt, each in zip(items, self._params(params, len(items)), strict=True)
+        ]
+        with tqdm(total=len(requests), unit="prompt", disable=not use_tqdm) as progress:
+            for finished in self._run(requests):
+                progress.update(finished)
+        return [request.output for request in requests]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or several: a list of messages, or a list of such lists."""
+        chats: Any = [messages] if isinstance(messages[0], Mapping) else messages
+        prompts = [
+            self.tokenizer.render_chat(chat, chat_template_kwargs=chat_template_kwargs)
+            for chat in chats
+        ]
+        return self.generate(prompts, params, use_tqdm=use_tqdm)
+
+    def stream_chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None
+    ) -> Iterator[str]:
+        """Answer one conversation piece by piece; closing the iterator ends the generation."""
+        prompt = self.tokenizer.render_chat(messages)
+        each = self._params(params, 1)[0]
+        request = _Request(self.tokenizer, prompt, replace(each, n=1), self._ids)
+        completion = request.output.outputs[0]
+        sent = 0
+        for _ in self._run([request], every_step=True):
+            if len(completion.text) > sent:
+                yield completion.text[sent:]
+                sent = len(completion.text)
+
+    def close(self) -> None:
+        """Release the model's memory; the object cannot be used again."""
+        self._engine.close()
+        del self._engine
+
+    def _params(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
+    ) -> Sequence[SamplingParams]:
+        if params is None:
+            defaults: Any = self.tokenizer.sampling_defaults
+            params = SamplingParams(**defaults)
+        return [params] * count if isinstance(params, SamplingParams) else params
+
+    def _run(self, requests: "list[_Request]", every_step: bool = False) -> Iterator[int]:
+        """Step until all is done; yields how many requests finished, when any did."""
+        sequences = {id_: (r, i) for r in requests for i, id_ in enumerate(r.request_ids)}
+        try:
+            for request in requests:
+                for engine_request in request.engine_requests():
+                    self._engine.add(engine_request)
+            while self._engine.has_work:
+                num_finished = 0
+                for output in self._engine.step():
+                    request, index = sequences[output.request_id]
+                    if request.absorb(index, output):
+                        self._engine.abort(output.request_id)  # a stop string ended it
+                    if output.finish_reason is not None or request.finished(index):
+                        num_finished += request.all_finished()
+                if num_finished or every_step:
+                    yield num_finished
+        finally:
+            for request_id in sequences:
+                self._engine.abort(request_id)
+
+
+class _Request:
+    """A prompt on its way: n sequences, their text streams, the output they fill."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Prompt, params: SamplingParams, ids: Iterator[str]
+    ) -> None:
+        text = prompt if isinstance(prompt, str) else None
+        token_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        self.output = RequestOutput(
+            text, token_ids, [CompletionOutput(index) for index in range(params.n)]
+        )
+        self.request_ids = [next(ids) for _ in range(params.n)]
+        self._params = params
+        self._eos_token_ids = tokenizer.eos_token_ids
+        self._streams = [TextStream(tokenizer, params, token_ids) for _ in range(params.n)]
+
+    def engine_requests(self) -> Iterator[EngineRequest]:
+        for index, request_id in enumerate(self.request_ids):
+            seed = self._params.seed
+            yield EngineRequest(
+                request_id=request_id,
+                prompt_token_ids=self.output.prompt_token_ids,
+                params=self._params if seed is None else replace(self._params, seed=seed + index),
+                eos_token_ids=self._eos_token_ids,
+            )
+
+    def absorb(self, index: int, output: SequenceOutput) -> bool:
+        """Add what the engine reported; True when a stop string has just ended the sequence."""
+        completion = self.output.outputs[index]
+        delta = self._streams[index].push(
+            output.token_ids,
+            finished=output.finish_reason is not None,
+            stop_token_id=output.stop_token_id,
+        )
+        completion.text += delta.text
+        completion.token_ids += output.token_ids[: delta.num_tokens]
+        if output.logprobs is not None:
+            completion.logprobs = (completion.logprobs or []) + output.logprobs[: delta.num_tokens]
+        completion.finish_reason = output.finish_reason
+        completion.stop_reason = output.stop_token_id
+        if output.prompt_logprobs is not None:
+            self.output.prompt_logprobs = output.prompt_logprobs
+        self.output.num_cached_tokens = max(self.output.num_cached_tokens, output.num_cached_tokens)
+        if delta.stop is not None:
+            completion.finish_reason, completion.stop_reason = "stop", delta.stop
+        return delta.stop is not None
+
+    def finished(self, index: int) -> bool:
+        return self.output.outputs[index].finish_reason is not None
+
+    def all_finished(self) -> bool:
+        return all(self.finished(index) for index in range(len(self.request_ids)))
