@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from engine.chat_template import ChatTemplate, Message
@@ -24,7 +25,7 @@ class Tokenizer:
         eos = [*generation_config.eos_token_ids, hf.eos_token_id]
         self.eos_token_ids = tuple(sorted({i for i in eos if i is not None}))
         self.special_token_ids = frozenset(hf.all_special_ids)
-        self._backend = hf.backend_tokenizer
+        self._backend: Backend = hf.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
         self._token_bytes: dict[int, bytes] = {}
