@@ -11,7 +11,8 @@ from engine.batch import Batch, PromptScore, Sampling
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.kv_cache import KVCache, bytes_per_block
-from engine.models import load_decoder, load_spec, resolve_dtype
+from engine.models import DecoderSpec, load_decoder, load_spec, resolve_dtype
+from engine.models.rope import DynamicRope
 from engine.outputs import StepResult, TokenLogprobs
 from engine.parallel import ParallelGroup
 from engine.sampler import Sampler, token_logprobs
@@ -27,9 +28,10 @@ class Worker:
             torch.set_num_threads(config.threads_per_rank())
         path = Path(config.model)
         self.spec = load_spec(path)
-        self.dtype = resolve_dtype(config.dtype, path, self.device)
+        self.dtype = resolve_dtype(config.dtype, self.spec, self.device)
         self.block_size = config.block_size or (16 if self.device == "cpu" else 64)
         self._group = group
+        limit = _session_limit(config, self.spec)
         self._decoder = load_decoder(
             path,
             self.spec,
@@ -37,8 +39,8 @@ class Worker:
             device=self.device,
             group=group,
             int8_activations=config.int8_activations,
+            session_len=limit,
         )
-        limit = config.session_len or self.spec.max_position_embeddings
         self.num_blocks = group.min(self._count_blocks(config, limit))
         self.session_len = min(limit, self.num_blocks * self.block_size)
         self._kv_cache = KVCache.allocate(
@@ -104,6 +106,18 @@ class Worker:
                 "cache_max_entry_count or use more ranks (tp)"
             )
         return num_blocks
+
+
+def _session_limit(config: EngineConfig, spec: DecoderSpec) -> int:
+    """The longest sequence by config and checkpoint; the cache may allow less."""
+    trained = spec.max_position_embeddings
+    limit = config.session_len or trained
+    if limit > trained and not isinstance(spec.rope, DynamicRope):
+        raise ConfigError(
+            f"session_len {limit} is beyond the {trained} positions this checkpoint was made for; "
+            "only rope type 'dynamic' stretches further"
+        )
+    return limit
 
 
 def resolve_device(device: str) -> str:
