@@ -7,9 +7,13 @@ is the engine's; the caller aborts a sequence that a stop string ended.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from engine.sampling_params import SamplingParams
-from engine.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from engine.tokenizer import Tokenizer
+
 
 CONTEXT = 4  # tokens decoded again with new ones: SentencePiece drops a first token's space
 MAX_WINDOW = 16  # tokens; 16 decode in 3 µs, and trimming costs a second decode
@@ -38,7 +42,7 @@ class TextStream:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, params: SamplingParams, prompt_token_ids: Sequence[int] = ()
+        self, tokenizer: "Tokenizer", params: SamplingParams, prompt_token_ids: Sequence[int] = ()
     ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = params.skip_special_tokens

@@ -1,0 +1,1 @@
+"""HTTP and text: the OpenAI API of one model, inside a Ray Serve replica."""

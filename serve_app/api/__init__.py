@@ -1,0 +1,1 @@
+"""Routes, one file per protocol, and how bodies come in and streams go out."""

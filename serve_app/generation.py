@@ -1,0 +1,223 @@
+"""Generation: the sequences of one HTTP request, as text.
+
+Submits prompts × n sequences, follows each through its TextStream, aborts those that a stop
+string ended, and counts. Whoever uses it as a context manager leaves nothing running behind,
+whichever way the request ends. Knows no protocol: chats and completions differ outside.
+"""
+
+import logging
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from engine.outputs import SequenceOutput, TokenLogprobs
+from engine.sampling_params import SamplingParams
+from engine.sequence import EngineRequest
+from engine.text import TextStream
+from serve_app.metrics import SequenceTimer
+from serve_app.served_model import ServedModel
+
+logger = logging.getLogger("ray.serve")
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What choice `index` gained. `stop_reason`: the stop string or stop_token_ids entry."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None
+    prompt_logprobs: list[TokenLogprobs | None] | None
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None
+
+    @classmethod
+    def join(cls, deltas: Sequence["Delta"]) -> "Delta":
+        """All of one choice as one."""
+        logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
+        return cls(
+            deltas[0].index,
+            "".join(delta.text for delta in deltas),
+            [token_id for delta in deltas for token_id in delta.token_ids],
+            None if deltas[0].logprobs is None else logprobs,
+            deltas[0].prompt_logprobs,
+            deltas[-1].finish_reason,
+            deltas[-1].stop_reason,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCounts:
+    """Of all choices; a prompt counts once, whatever n."""
+
+    prompt: int
+    completion: int
+    cached: int
+
+
+class Generation:
+    """Choice i answers prompt i // n. Enter it to submit, leave it to abort what is left."""
+
+    def __init__(
+        self,
+        model: ServedModel,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        cache_salt: str | None = None,
+        user: str | None = None,
+    ) -> None:
+        self.request_id = request_id
+        self.prompts = prompts
+        self.n = params.n
+        self.num_choices = len(prompts) * params.n
+        self._user = user
+        self._model = model
+        self._requests = _sequences(model, prompts, params, request_id, cache_salt)
+        self._choices = [_Choice(model, request) for request in self._requests]
+
+    def __enter__(self) -> "Generation":
+        self._open = self._model.engine.open(self._requests)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._model.engine.close(self._open)
+        for choice in self._choices:
+            choice.end("abort")  # those that have ended already say so
+        if logger.isEnabledFor(logging.INFO):
+            self._log()
+
+    async def next(self) -> list[Delta]:
+        """What arrived since the last call; waits for something; [] when all choices ended.
+
+        Raises the engine's error for any of the sequences: the request fails as a whole.
+        """
+        while not all(choice.ended for choice in self._choices):
+            deltas: list[Delta] = []
+            for index, output in await self._open.take():
+                if output.error is not None:
+                    raise output.error
+                if not self._choices[index].ended:
+                    deltas.append(self._advance(index, output))
+            if deltas:
+                return deltas
+        return []
+
+    async def run(self) -> list[Delta]:
+        """Generate to the end: one Delta per choice that holds all of it."""
+        pieces: list[list[Delta]] = [[] for _ in range(self.num_choices)]
+        with self:
+            while deltas := await self.next():
+                for delta in deltas:
+                    pieces[delta.index].append(delta)
+        return [Delta.join(of_choice) for of_choice in pieces]
+
+    def counts(self) -> TokenCounts:
+        return TokenCounts(
+            prompt=sum(len(prompt) for prompt in self.prompts),
+            completion=sum(choice.num_tokens for choice in self._choices),
+            cached=sum(choice.num_cached_tokens for choice in self._choices[:: self.n]),
+        )
+
+    def _log(self) -> None:
+        """One line per request; never its text."""
+        counts = self.counts()
+        logger.info(
+            "%s prompt=%d cached=%d completion=%d %s%s",
+            self.request_id,
+            counts.prompt,
+            counts.cached,
+            counts.completion,
+            ",".join(choice.ended for choice in self._choices),
+            f" user={self._user!r}" if self._user else "",
+        )
+
+    def _advance(self, index: int, output: SequenceOutput) -> Delta:
+        choice = self._choices[index]
+        delta = choice.advance(index, output)
+        if delta.finish_reason is not None and output.finish_reason is None:
+            self._model.engine.abort(self._open, output.request_id)  # a stop string ended it
+        return delta
+
+
+class _Choice:
+    """One sequence: its text, counters and times."""
+
+    def __init__(self, model: ServedModel, request: EngineRequest) -> None:
+        self.num_tokens = 0
+        self.num_cached_tokens = 0
+        self.ended: Literal["", "stop", "length", "abort"] = ""
+        self._text = TextStream(model.tokenizer, request.params, request.prompt_token_ids)
+        self._own_stops = frozenset(request.params.stop_token_ids)
+        self._timer = SequenceTimer(model.metrics, len(request.prompt_token_ids))
+
+    def advance(self, index: int, output: SequenceOutput) -> Delta:
+        self._timer.on_output(output.queue_time)
+        self.num_cached_tokens += output.num_cached_tokens  # not zero in the first output only
+        added = self._text.push(
+            output.token_ids,
+            finished=output.finish_reason is not None,
+            stop_token_id=output.stop_token_id,
+        )
+        self.num_tokens += added.num_tokens
+        finish_reason: FinishReason | None = None
+        stop_reason: str | int | None = added.stop
+        if added.stop is not None:
+            finish_reason = "stop"
+        elif output.finish_reason is not None:
+            finish_reason = "length" if output.finish_reason == "length" else "stop"
+            if output.stop_token_id in self._own_stops:
+                stop_reason = output.stop_token_id
+        if finish_reason is not None:
+            self.end(finish_reason)
+        logprobs = output.logprobs
+        return Delta(
+            index,
+            added.text,
+            output.token_ids[: added.num_tokens],
+            None if logprobs is None else logprobs[: added.num_tokens],
+            output.prompt_logprobs,
+            finish_reason,
+            stop_reason,
+        )
+
+    def end(self, reason: Literal["stop", "length", "abort"]) -> None:
+        """Close the books once; later calls do nothing."""
+        if not self.ended:
+            self.ended = reason
+            self._timer.on_end(self.num_tokens, reason)
+
+
+def _sequences(
+    model: ServedModel,
+    prompts: Sequence[list[int]],
+    params: SamplingParams,
+    request_id: str,
+    cache_salt: str | None,
+) -> list[EngineRequest]:
+    """n sequences per prompt. Sequence i of a prompt draws with seed + i, so they differ.
+
+    A request without a seed gets one here, so that a sequence can be resumed with equal draws.
+    """
+    seed = secrets.randbits(63) if params.seed is None else params.seed
+    children = [replace(params, n=1, seed=_wrap_int64(seed + i)) for i in range(params.n)]
+    return [
+        EngineRequest(
+            request_id=f"{request_id}-{index * params.n + i}",
+            prompt_token_ids=prompt,
+            params=child,
+            eos_token_ids=model.tokenizer.eos_token_ids,
+            cache_salt=cache_salt,
+        )
+        for index, prompt in enumerate(prompts)
+        for i, child in enumerate(children)
+    ]
+
+
+def _wrap_int64(value: int) -> int:
+    return (value + 2**63) % 2**64 - 2**63

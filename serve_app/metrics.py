@@ -1,0 +1,156 @@
+"""Metrics: the engine's and the requests' numbers under vLLM's names, through Ray's exporter.
+
+Ray adds the prefix `ray_` and, to counters, `_total`, so `vllm_num_requests_running` appears as
+`ray_vllm_num_requests_running`, which Ray's and vLLM's dashboards know. Recording one value
+costs about 4 µs (measured), so engine numbers are recorded at most every INTERVAL_S, and
+latencies once per output of a sequence, not once per token.
+"""
+
+import asyncio
+import time
+from typing import Any
+
+from ray.serve.metrics import Counter, Gauge, Histogram
+
+from engine.outputs import EngineStats
+
+INTERVAL_S = 0.1  # Ray exports every 10 s
+LABELS: Any = ("model_name", "engine")  # Any: Ray annotates tag_keys as tuples of one
+REASON = "finished_reason"
+
+# vLLM's bucket borders, seconds.
+# fmt: off
+TTFT_S = [
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+    20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
+]
+TOKEN_S = [
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0,
+    40.0, 80.0,
+]
+REQUEST_S = [
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0,
+    240.0, 480.0, 960.0, 1920.0, 7680.0,
+]
+# fmt: on
+ITERATION_TOKENS = [1.0, *(float(2**power) for power in range(3, 15))]
+
+_GAUGES = {
+    "num_running": ("vllm_num_requests_running", "Sequences running in the engine."),
+    "num_waiting": ("vllm_num_requests_waiting", "Sequences waiting in the engine."),
+    "kv_cache_usage": ("vllm_kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1."),
+}
+_COUNTERS = {
+    "prefix_cache_queries": ("vllm_prefix_cache_queries", "Tokens looked up in the prefix cache."),
+    "prefix_cache_hits": ("vllm_prefix_cache_hits", "Tokens found in the prefix cache."),
+    "num_preemptions": ("vllm_num_preemptions", "Sequences preempted."),
+    "num_prompt_tokens": ("vllm_prompt_tokens", "Prompt tokens taken in."),
+    "num_generation_tokens": ("vllm_generation_tokens", "Tokens generated."),
+}
+
+
+class Metrics:
+    """All series of one replica. `record_stats` must be called from the replica's loop."""
+
+    def __init__(self, model_name: str, session_len: int) -> None:
+        self._tags = {"model_name": model_name, "engine": "0"}
+        tokens = _one_two_five(session_len)
+        self.ttft = self._histogram("vllm_time_to_first_token_seconds", TTFT_S)
+        self.inter_token = self._histogram("vllm_inter_token_latency_seconds", TOKEN_S)
+        self.per_token = self._histogram("vllm_request_time_per_output_token_seconds", TOKEN_S)
+        self.e2e = self._histogram("vllm_e2e_request_latency_seconds", REQUEST_S)
+        self.queue = self._histogram("vllm_request_queue_time_seconds", REQUEST_S)
+        self.inference = self._histogram("vllm_request_inference_time_seconds", REQUEST_S)
+        self.prefill = self._histogram("vllm_request_prefill_time_seconds", REQUEST_S)
+        self.decode = self._histogram("vllm_request_decode_time_seconds", REQUEST_S)
+        self.prompt_tokens = self._histogram("vllm_request_prompt_tokens", tokens)
+        self.generation_tokens = self._histogram("vllm_request_generation_tokens", tokens)
+        self._iteration_tokens = self._histogram("vllm_iteration_tokens_total", ITERATION_TOKENS)
+        self._success = self._counter("vllm_request_success", "Sequences that ended.", REASON)
+        self._gauges = {field: self._gauge(*named) for field, named in _GAUGES.items()}
+        self._counters = {field: self._counter(*named) for field, named in _COUNTERS.items()}
+        self._latest = self._recorded = EngineStats()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def record_stats(self, stats: EngineStats) -> None:
+        """Keep the engine's latest numbers; they are recorded within INTERVAL_S."""
+        self._latest = stats
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(INTERVAL_S, self._record)
+
+    def record_end(self, finished_reason: str) -> None:
+        self._success.inc(1, {REASON: finished_reason})
+
+    def _record(self) -> None:
+        self._timer = None
+        latest, before, self._recorded = self._latest, self._recorded, self._latest
+        for field, gauge in self._gauges.items():
+            gauge.set(getattr(latest, field))
+        for field, counter in self._counters.items():
+            if added := getattr(latest, field) - getattr(before, field):
+                counter.inc(added)
+        if steps := latest.num_steps - before.num_steps:
+            added = latest.num_batched_tokens - before.num_batched_tokens
+            self._iteration_tokens.observe(added / steps)  # the mean of the interval's steps
+
+    def _histogram(self, name: str, boundaries: list[float]) -> Histogram:
+        description = name.removeprefix("vllm_").replace("_", " ")
+        histogram = Histogram(name, description, boundaries, LABELS)
+        histogram.set_default_tags(dict(self._tags))
+        return histogram
+
+    def _gauge(self, name: str, description: str) -> Gauge:
+        gauge = Gauge(name, description, LABELS)
+        gauge.set_default_tags(dict(self._tags))
+        return gauge
+
+    def _counter(self, name: str, description: str, *more: str) -> Counter:
+        counter = Counter(name, description, (*LABELS, *more))
+        counter.set_default_tags(dict(self._tags))
+        return counter
+
+
+class SequenceTimer:
+    """The times of one sequence, recorded as its outputs reach the replica."""
+
+    def __init__(self, metrics: Metrics, num_prompt_tokens: int) -> None:
+        self._metrics = metrics
+        self._num_prompt_tokens = num_prompt_tokens
+        self._start = self._last = time.perf_counter()
+        self._first: float | None = None
+        self._queue_time = 0.0
+
+    def on_output(self, queue_time: float) -> None:
+        """Tokens arrived; `queue_time` comes with the first."""
+        now = time.perf_counter()
+        if self._first is None:
+            self._first = now
+            self._queue_time = queue_time
+            self._metrics.ttft.observe(now - self._start)
+        else:
+            self._metrics.inter_token.observe(now - self._last)
+        self._last = now
+
+    def on_end(self, num_tokens: int, finished_reason: str) -> None:
+        """The sequence ended: stop, length or abort."""
+        metrics = self._metrics
+        metrics.record_end(finished_reason)
+        if self._first is None:
+            return
+        decode = self._last - self._first
+        prefill = max(0.0, self._first - self._start - self._queue_time)
+        metrics.e2e.observe(self._last - self._start)
+        metrics.queue.observe(self._queue_time)
+        metrics.prefill.observe(prefill)
+        metrics.decode.observe(decode)
+        metrics.inference.observe(prefill + decode)
+        metrics.prompt_tokens.observe(self._num_prompt_tokens)
+        metrics.generation_tokens.observe(num_tokens)
+        if num_tokens > 1:
+            metrics.per_token.observe(decode / (num_tokens - 1))
+
+
+def _one_two_five(limit: int) -> list[float]:
+    """1, 2, 5, 10, 20, … up to `limit`."""
+    steps = (mantissa * 10**exponent for exponent in range(9) for mantissa in (1, 2, 5))
+    return [float(step) for step in steps if step <= limit] or [1.0]

@@ -1,0 +1,62 @@
+"""LLMReplica: the Serve deployment. One engine group and the HTTP application in front of it.
+
+The replica is its own ingress, so tokens cross no DeploymentHandle (8 µs per token instead of
+108 to 545). Everything here runs on one event loop, which nothing may block.
+"""
+
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+from ray import serve
+
+from engine.config import EngineConfig
+from serve_app.async_engine import AsyncEngine
+from serve_app.http_app import create_http_app
+from serve_app.metrics import Metrics
+from serve_app.served_model import Limits, ServedModel
+
+if TYPE_CHECKING:
+    from engine.tokenizer import Tokenizer
+
+
+@serve.deployment(
+    name="LLMReplica",
+    max_ongoing_requests=100_000,  # the engine's bounded queue refuses, and says why
+    health_check_period_s=2,
+    health_check_timeout_s=30,
+)
+@serve.ingress()
+class LLMReplica:
+    """Starts its engine actors in the other bundles of its placement group."""
+
+    async def __init__(self, config: EngineConfig, model_name: str, limits: Limits) -> None:
+        # Not at the top: Serve imports this module to build the application, and torch and
+        # transformers would cost that process 4 s.
+        from engine.ray_group import EngineGroup
+
+        loading = asyncio.create_task(asyncio.to_thread(_load_tokenizer, config.model))
+        group = await EngineGroup.start(config)
+        metrics = Metrics(model_name, group.info.session_len)
+        self._model = ServedModel(
+            name=model_name,
+            created=int(time.time()),
+            tokenizer=await loading,
+            engine=AsyncEngine(group, metrics.record_stats),
+            metrics=metrics,
+            limits=limits,
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_http_app(self._model)
+
+    async def check_health(self) -> None:
+        """Raises when the engine is gone or hangs; Serve then replaces the replica."""
+        await self._model.engine.check()
+
+
+def _load_tokenizer(path: str) -> "Tokenizer":
+    from engine.tokenizer import Tokenizer
+
+    return Tokenizer.load(path)
