@@ -1,0 +1,44 @@
+# Everything runs in .venv; `make` alone lists the targets.
+# Other wheels of torch:  make install TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+
+VENV   ?= .venv
+PYTHON ?= $(firstword $(foreach p,python3 python3.11 python3.12 python3.13,$(shell $(p) -c 'import sys; sys.version_info >= (3, 11) and print("$(p)")' 2>/dev/null)))
+TORCH  ?= torch==2.13.0
+PIP    := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
+STAMP  := $(VENV)/.installed
+
+help:
+	@echo "make install   the package and its tools into $(VENV)"
+	@echo "make serve     the demo model at http://127.0.0.1:8000/v1  (ARGS=\"MODEL --port 8001\")"
+	@echo "make test      pytest  (ARGS=\"-k scheduler\")"
+	@echo "make check     ruff format, ruff, mypy"
+	@echo "make bench     every benchmark, then docs/benchmarks.md"
+
+install: $(STAMP)
+
+# Done again only when pyproject.toml changes. torch goes first, so that TORCH decides the build.
+$(STAMP): pyproject.toml
+	@test -x $(VENV)/bin/python || test -n "$(PYTHON)" || { echo "Manta needs Python 3.11 or newer: make install PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) ..."
+	@$(VENV)/bin/python -c 'import torch' 2>/dev/null || $(PIP) install $(TORCH)
+	@$(PIP) install --editable '.[dev,bench]'
+	@touch $@
+
+serve: install
+	@$(VENV)/bin/manta serve $(ARGS)
+
+test: install
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+check: install
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/mypy
+
+bench: install
+	@$(VENV)/bin/python -m benchmarks.scheduler
+	@$(VENV)/bin/python -m benchmarks.serving
+	@$(VENV)/bin/python -m benchmarks.report
+
+.PHONY: help install serve test check bench

@@ -1,0 +1,182 @@
+"""The `manta` command: serve, chat, check_env.
+
+Imports torch or Ray only once a command needs them: a wrong option is answered in 0.2 s.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from engine.errors import ConfigError, MantaError
+from serve_app import launch_env
+from serve_app.launch_plan import check_port, default_model, make_plan
+
+app = typer.Typer(
+    help="Serve int4 language models with Ray: an OpenAI endpoint from one command.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Device = Literal["auto", "cpu", "cuda"]
+DType = Literal["auto", "bfloat16", "float16", "float32"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help="Checkpoint directory; none: the demo model."),
+]
+DeviceOption = Annotated[Device | None, typer.Option(help="Where the model runs.")]
+DTypeOption = Annotated[DType | None, typer.Option(help="Of activations and KV cache.")]
+SessionLenOption = Annotated[int | None, typer.Option(help="Longest prompt and answer, in tokens.")]
+
+
+@app.command()
+def serve(
+    model: ModelArgument = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Engine config (YAML); the options below win over it.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")
+    ] = None,
+    model_name: Annotated[
+        str | None, typer.Option(help="The model id clients use; none: the directory's name.")
+    ] = None,
+    tp: Annotated[int | None, typer.Option(help="Engine processes that share each layer.")] = None,
+    num_replicas: Annotated[
+        int | None, typer.Option(min=1, help="Copies of the engine that share the requests.")
+    ] = None,
+    device: DeviceOption = None,
+    dtype: DTypeOption = None,
+    session_len: SessionLenOption = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences running at once.")] = None,
+    cache_max_entry_count: Annotated[
+        str | None,
+        typer.Option(
+            help="KV cache: a share of the memory free after the weights (0.8) or a number of "
+            "blocks (4096)."
+        ),
+    ] = None,
+    dashboard: Annotated[
+        bool, typer.Option("--dashboard/--no-dashboard", help="Start Ray's dashboard as well.")
+    ] = False,
+    log_level: Annotated[
+        LogLevel | None, typer.Option(help="info and debug also show Serve's log lines here.")
+    ] = None,
+) -> None:
+    """Serve MODEL at http://HOST:PORT/v1 until Ctrl-C.
+
+    Starts Ray on this machine, or joins the cluster that RAY_ADDRESS names. Whatever is not
+    given comes from serve_config.yaml: the one here, else Manta's own.
+    """
+    with _errors():
+        plan = make_plan(
+            model=model,
+            engine_config=config,
+            model_name=model_name,
+            host=host,
+            port=port,
+            num_replicas=num_replicas,
+            log_level=log_level,
+            tp=tp,
+            device=device,
+            dtype=dtype,
+            session_len=session_len,
+            max_num_seqs=max_num_seqs,
+            cache_max_entry_count=_number(cache_max_entry_count),
+        )
+        address = os.environ.get("RAY_ADDRESS") or None
+        verbose = log_level in ("debug", "info")
+        if address is None:
+            check_port(plan.host, plan.port)
+            launch_env.set_local_defaults(os.environ, verbose=verbose)
+        else:
+            launch_env.set_joining_defaults(os.environ, verbose=verbose)
+        from serve_app import launch
+
+        launch.run(plan, address=address, dashboard=dashboard, verbose=verbose)
+
+
+@app.command()
+def chat(
+    model: ModelArgument = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0: always the likeliest.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer.")] = None,
+    device: DeviceOption = None,
+    dtype: DTypeOption = None,
+    session_len: SessionLenOption = None,
+) -> None:
+    """Talk to MODEL in the terminal, without a server."""
+    with _errors():
+        path = model or default_model()
+        from engine import LLM, SamplingParams
+        from serve_app.chat import chat as run_chat
+
+        given = {"device": device, "dtype": dtype, "session_len": session_len}
+        llm = LLM(path, **{key: value for key, value in given.items() if value is not None})
+        params: dict[str, Any] = dict(llm.tokenizer.sampling_defaults)
+        wanted = {"temperature": temperature, "max_tokens": max_tokens}
+        params |= {key: value for key, value in wanted.items() if value is not None}
+        run_chat(llm, SamplingParams(**params), system)
+
+
+@app.command(name="check_env")
+def check_env() -> None:
+    """Report versions, CPU, memory and GPUs, and the mend of what is missing."""
+    from serve_app.check_env import report
+
+    raise typer.Exit(0 if report() else 1)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"manta {metadata.version('manta-serve')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_version, help="Print the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Our errors are for the user: one line and a non-zero exit, no traceback."""
+    try:
+        yield
+    except MantaError as error:
+        typer.echo(f"manta: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _number(text: str | None) -> int | float | None:
+    """An integer counts blocks, anything with a point is a share."""
+    if text is None:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(
+            f"--cache-max-entry-count takes a share such as 0.8 or a number of blocks, got {text!r}"
+        ) from None
