@@ -4,12 +4,14 @@ Which block belongs to which sequence is the scheduler's affair.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.models.spec import DecoderSpec
+if TYPE_CHECKING:  # the decoder imports this module
+    from engine.models.spec import DecoderSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +24,7 @@ class KVCache:
     @classmethod
     def allocate(
         cls,
-        spec: DecoderSpec,
+        spec: "DecoderSpec",
         num_blocks: int,
         block_size: int,
         dtype: torch.dtype,
@@ -35,13 +37,13 @@ class KVCache:
         return cls(tuple(tensors[: spec.num_layers]), tuple(tensors[spec.num_layers :]))
 
 
-def bytes_per_block(spec: DecoderSpec, block_size: int, dtype: torch.dtype, tp: int) -> int:
+def bytes_per_block(spec: "DecoderSpec", block_size: int, dtype: torch.dtype, tp: int) -> int:
     """Bytes that one block takes on each rank, over all layers."""
     values = block_size * num_rank_kv_heads(spec, tp) * spec.head_dim
     return 2 * spec.num_layers * values * dtype.itemsize
 
 
-def num_rank_kv_heads(spec: DecoderSpec, tp: int) -> int:
+def num_rank_kv_heads(spec: "DecoderSpec", tp: int) -> int:
     """KV heads on each rank; with more ranks than heads, several ranks hold the same one."""
     return max(1, spec.num_kv_heads // tp)
 
