@@ -37,6 +37,9 @@ class TextDelta:
 class TextStream:
     """The pieces `push` returns join to the decoded tokens, cut at the stop string.
 
+    (Exactly, but for tokens of SentencePiece's byte fallback that are not UTF-8: one decode turns
+    characters before them, which are out already, into U+FFFD as well.)
+
     A stop string counts from the token after `min_tokens` on; before that it is ordinary text.
     Where several complete, the one that ends first in the text wins, whatever the token borders.
     """
@@ -51,8 +54,9 @@ class TextStream:
         self._min_tokens = params.min_tokens
         self._num_tokens = 0
         self._held = ""  # decoded, but perhaps the start of a stop string
-        self._window = list(prompt_token_ids[-CONTEXT:])
-        self._emitted = len(self._decode_window().rstrip(REPLACEMENT))  # characters of the window
+        self._window = list(self._context(prompt_token_ids) or prompt_token_ids[-CONTEXT:])
+        # Characters of the window's text that are out.
+        self._emitted = len(self._decode_ids(self._window).rstrip(REPLACEMENT))
 
     def push(
         self, token_ids: Sequence[int], *, finished: bool = False, stop_token_id: int | None = None
@@ -106,7 +110,7 @@ class TextStream:
     def _decode(self, token_ids: Sequence[int], finished: bool) -> str:
         """Text that became certain with these tokens."""
         self._window += token_ids
-        text = self._decode_window()
+        text = self._decode_ids(self._window)
         pending = len(self._window) > MAX_PENDING_WINDOW
         if not finished and not pending:
             text = text.rstrip(REPLACEMENT)  # the rest of the character may be on its way
@@ -118,13 +122,24 @@ class TextStream:
 
     def _trim(self, force: bool) -> None:
         """Forget tokens whose text is out, keeping enough that new ones decode in context."""
-        window, emitted = self._window, self._emitted
-        self._window = window[-CONTEXT:]
-        text = self._decode_window()
-        self._emitted = len(text)
-        clean = text != "" and not text.endswith(REPLACEMENT)
-        if not clean and not force:
-            self._window, self._emitted = window, emitted
+        context = self._context(self._window)
+        if context is None and force:
+            context = self._window[-CONTEXT:]
+        if context is not None:
+            self._window = list(context)
+            self._emitted = len(self._decode_ids(context))
 
-    def _decode_window(self) -> str:
-        return self._tokenizer.decode(self._window, self._skip_special_tokens)
+    def _context(self, token_ids: Sequence[int]) -> Sequence[int] | None:
+        """The last few tokens, from the start to the end of a character; None if they are not.
+
+        SentencePiece spells a rare character as up to 4 byte tokens, and decodes a run of them
+        that starts inside a character to nothing but U+FFFD: hence the tries.
+        """
+        for length in range(CONTEXT, CONTEXT + 4):
+            text = self._decode_ids(token_ids[-length:])
+            if text and text[0] != REPLACEMENT and text[-1] != REPLACEMENT:
+                return token_ids[-length:]
+        return None
+
+    def _decode_ids(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids, self._skip_special_tokens)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, cast
 
-from pydantic import BaseModel, FailFast, Field
+from pydantic import BaseModel, Field
 
 from serve_app.generation import FinishReason
 from serve_app.protocol.logprobs import CompletionLogprobs, PromptLogprobs
@@ -11,14 +11,14 @@ from serve_app.protocol.usage import Usage
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
-# FailFast: a prompt of 100k ids must not collect 100k "not a string" errors on its way.
-Texts = Annotated[list[str], FailFast()]
-TokenIds = Annotated[list[int], FailFast()]
+# fail_fast: a prompt of 100k ids must not collect 100k "not a string" errors on its way.
+Texts = Annotated[list[str], Field(fail_fast=True)]
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
 
 
 class CompletionRequest(SamplingFields):
     prompt: Annotated[
-        str | Texts | TokenIds | Annotated[list[TokenIds], FailFast()],
+        str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)],
         Field(description="a string, a list of strings, token ids, or a list of lists of them"),
     ]
     max_tokens: Annotated[int | None, Field(description="a number of tokens, at least 1")] = None
@@ -33,7 +33,7 @@ class CompletionRequest(SamplingFields):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
-            return [cast(list[int], self.prompt)]
+            return [self.prompt]
         return list(cast(list[str | list[int]], self.prompt))
 
 

@@ -1,0 +1,70 @@
+"""Fixtures of the whole suite: one Ray cluster, and one served tiny model, per session."""
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Ray reads these when it is imported, which must therefore wait until here.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+
+MODEL_NAME = "tiny"
+SESSION_LEN = 512
+NUM_BLOCKS = 256
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A cluster of our own, whatever else runs on this machine."""
+    import ray
+
+    ray.init(
+        "local",
+        include_dashboard=False,
+        num_cpus=4,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with a tokenizer, in float32: greedy answers are exact."""
+    from tests.tiny_models import write_servable_model
+
+    path = tmp_path_factory.mktemp("served") / "tiny-llama"
+    write_servable_model("llama", path, max_position_embeddings=SESSION_LEN)
+    return path
+
+
+@pytest.fixture(scope="session")
+def base_url(ray_cluster: None, tiny_checkpoint: Path) -> Iterator[str]:
+    """The running application, on Ray Serve's default proxy."""
+    from ray import serve
+
+    from serve_app.app import AppArgs, build_app
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    engine = {
+        "model": str(tiny_checkpoint),
+        "dtype": "float32",
+        "device": "cpu",
+        "cache_max_entry_count": NUM_BLOCKS,
+        "max_waiting_requests": 200,
+        "max_num_seqs": 64,
+        "num_threads": 1,
+    }
+    args = AppArgs(engine=engine, model_name=MODEL_NAME, max_body_bytes=1024 * 1024)
+    serve.run(build_app(args), name="tiny", route_prefix="/")
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()  # type: ignore[no-untyped-call]
