@@ -46,11 +46,12 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        for name, low, high in _RANGES:
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:  # NaN fails every comparison
+        for name, kind, low, high in _RANGES:
+            _check_number(name, getattr(self, name), kind, low, high)
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
                 raise InvalidRequestError(
-                    f"{name} must be between {low:g} and {high:g}, got {value!r}", name
+                    f"{name} must be true or false, got {getattr(self, name)!r}", name
                 )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(
@@ -82,37 +83,73 @@ class SamplingParams:
                     )
 
 
-_RANGES: tuple[tuple[str, float, float], ...] = (
-    ("n", 1, 128),
-    ("temperature", 0.0, 100.0),
-    ("top_p", 1e-9, 1.0),
-    ("top_k", -1, 2**31 - 1),
-    ("min_p", 0.0, 1.0),
-    ("repetition_penalty", 1e-3, 100.0),
-    ("presence_penalty", -2.0, 2.0),
-    ("frequency_penalty", -2.0, 2.0),
-    ("seed", -(2**63), 2**63 - 1),
-    ("min_tokens", 0, 2**31 - 1),
-    ("max_tokens", 1, 2**31 - 1),
-    ("logprobs", 0, MAX_LOGPROBS),
-    ("prompt_logprobs", 0, MAX_LOGPROBS),
+_RANGES: tuple[tuple[str, type, float, float], ...] = (
+    ("n", int, 1, 128),
+    ("temperature", float, 0.0, 100.0),
+    ("top_p", float, 1e-9, 1.0),
+    ("top_k", int, -1, 2**31 - 1),
+    ("min_p", float, 0.0, 1.0),
+    ("repetition_penalty", float, 1e-3, 100.0),
+    ("presence_penalty", float, -2.0, 2.0),
+    ("frequency_penalty", float, -2.0, 2.0),
+    ("seed", int, -(2**63), 2**63 - 1),
+    ("min_tokens", int, 0, 2**31 - 1),
+    ("max_tokens", int, 1, 2**31 - 1),
+    ("logprobs", int, 0, MAX_LOGPROBS),
+    ("prompt_logprobs", int, 0, MAX_LOGPROBS),
 )
+_OPTIONAL = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
+_FLAGS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens")
+
+
+def _check_number(
+    name: str, value: Any, kind: type, low: float, high: float, label: str | None = None
+) -> None:
+    if value is None and name in _OPTIONAL:
+        return
+    # bool is an int to Python, but `top_k: true` is a mistake; NaN fails every comparison
+    is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+    if not (is_number and low <= value <= high):
+        noun = "an integer" if kind is int else "a number"
+        raise InvalidRequestError(
+            f"{label or name} must be {noun} between {low} and {high}, got {value!r}", name
+        )
 
 
 def _check_stop(stop: Sequence[str]) -> None:
-    if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
+    if not _is_list(stop) or not all(isinstance(s, str) and s for s in stop):
         raise InvalidRequestError(f"stop must be a list of non-empty strings, got {stop!r}", "stop")
 
 
 def _check_tokens(params: SamplingParams) -> None:
-    for token_id, bias in params.logit_bias.items():
-        if not -100.0 <= bias <= 100.0:
-            raise InvalidRequestError(
-                f"logit_bias[{token_id}] must be between -100 and 100, got {bias!r}", "logit_bias"
-            )
-    if params.allowed_token_ids is not None and len(params.allowed_token_ids) == 0:
+    if not isinstance(params.logit_bias, Mapping):
         raise InvalidRequestError(
-            "allowed_token_ids is empty: no token could be sampled", "allowed_token_ids"
+            f"logit_bias must map token ids to numbers, got {params.logit_bias!r}", "logit_bias"
         )
-    if not all(len(word) > 0 for word in params.bad_words):
-        raise InvalidRequestError("bad_words holds an empty entry", "bad_words")
+    _check_token_ids("logit_bias", list(params.logit_bias))
+    for token_id, bias in params.logit_bias.items():
+        _check_number("logit_bias", bias, float, -100.0, 100.0, f"logit_bias[{token_id}]")
+    _check_token_ids("stop_token_ids", params.stop_token_ids)
+    if params.allowed_token_ids is not None:
+        _check_token_ids("allowed_token_ids", params.allowed_token_ids)
+        if len(params.allowed_token_ids) == 0:
+            raise InvalidRequestError(
+                "allowed_token_ids is empty: no token could be sampled", "allowed_token_ids"
+            )
+    if not _is_list(params.bad_words):
+        raise InvalidRequestError(
+            f"bad_words must be a list of token id lists, got {params.bad_words!r}", "bad_words"
+        )
+    for word in params.bad_words:
+        _check_token_ids("bad_words", word)
+        if len(word) == 0:
+            raise InvalidRequestError("bad_words holds an empty entry", "bad_words")
+
+
+def _check_token_ids(name: str, token_ids: Sequence[int]) -> None:
+    if not _is_list(token_ids) or not all(type(token_id) is int for token_id in token_ids):
+        raise InvalidRequestError(f"{name} must hold integer token ids, got {token_ids!r}", name)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
