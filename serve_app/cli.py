@@ -5,6 +5,7 @@ Imports torch or Ray only once a command needs them: a wrong option is answered 
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -15,7 +16,8 @@ import typer
 
 from engine.errors import ConfigError, MantaError
 from serve_app import launch_env
-from serve_app.launch_plan import check_port, default_model, make_plan
+from serve_app.launch_plan import default_model, make_plan
+from serve_app.ports import check_port
 
 app = typer.Typer(
     help="Serve int4 language models with Ray: an OpenAI endpoint from one command.",
@@ -78,6 +80,7 @@ def serve(
     Starts Ray on this machine, or joins the cluster that RAY_ADDRESS names. Whatever is not
     given comes from serve_config.yaml: the one here, else Manta's own.
     """
+    started = time.monotonic()
     with _errors():
         plan = make_plan(
             model=model,
@@ -103,7 +106,7 @@ def serve(
             launch_env.set_joining_defaults(os.environ, verbose=verbose)
         from serve_app import launch
 
-        launch.run(plan, address=address, dashboard=dashboard, verbose=verbose)
+        launch.run(plan, address=address, dashboard=dashboard, verbose=verbose, started=started)
 
 
 @app.command()

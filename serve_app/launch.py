@@ -23,21 +23,27 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, Serve
 
 from engine.errors import ConfigError, MantaError
 from serve_app.deploy_status import failure, waiting_for
-from serve_app.launch_plan import LaunchPlan, check_port
+from serve_app.launch_plan import LaunchPlan
 from serve_app.progress import Progress
 
-POLL_S = 0.05  # while starting; a status call takes about 2 ms
-WATCH_S = 2.0  # while serving
+POLL_S = 0.1  # asking the proxy whether the model answers
+STATUS_S = 0.5  # asking Serve whether it still may
+WATCH_S = 2.0  # the same while serving
 DRAIN_S = 3.0  # open streams at a stop; Ray's own processes then take 1.4 s to end
+LOGS = "/tmp/ray/session_latest/logs/serve"
 
 
 class LaunchError(MantaError):
     """The application cannot be served; the message is the reason."""
 
 
-def run(plan: LaunchPlan, *, address: str | None, dashboard: bool, verbose: bool) -> None:
-    """Serve until SIGINT, SIGTERM or SIGHUP. LaunchError or ConfigError when that cannot be."""
-    started = time.monotonic()
+def run(
+    plan: LaunchPlan, *, address: str | None, dashboard: bool, verbose: bool, started: float
+) -> None:
+    """Serve until SIGINT, SIGTERM or SIGHUP. LaunchError or ConfigError when that cannot be.
+
+    `started` is the time.monotonic() from which the seconds until ready are counted.
+    """
     ready = False
     try:
         with Progress("starting Ray") as progress:
@@ -47,16 +53,18 @@ def run(plan: LaunchPlan, *, address: str | None, dashboard: bool, verbose: bool
             progress.say("starting Ray Serve")
             _deploy(plan, address)
             progress.say("loading the model")
-            _wait(plan, progress.say)
             url = _url(plan, address)
-            if address is None:
-                _wait_for_proxy(url)
+            _wait(plan, url, address is not None, progress.say)
         ready = True
         seconds = time.monotonic() - started
         print(f"Manta serves {plan.model_name} at {url}/v1 ({seconds:.1f} s)", flush=True)
         _watch(plan)
     except KeyboardInterrupt:
         pass
+    except (RayError, RayServeException, TimeoutError) as error:
+        raise LaunchError(
+            f"Ray failed: {str(error).strip().splitlines()[-1]}; its logs are in {LOGS}"
+        ) from error
     finally:
         _ignore_signals()
         _stop(plan, drain=ready or address is not None, joined=address is not None)
@@ -90,7 +98,6 @@ def _start_ray(plan: LaunchPlan, address: str | None, dashboard: bool, verbose: 
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise LaunchError(f"cannot join the Ray cluster at {address}: {error}") from error
         return
-    check_port(plan.host, plan.port)
     # Ray's CPUs are tickets, not cores: a machine with fewer cores than processes still serves.
     cores = len(os.sched_getaffinity(0))
     num_cpus = max(cores, plan.num_ranks + plan.num_replicas)
@@ -116,22 +123,29 @@ def _deploy(plan: LaunchPlan, address: str | None) -> None:
     _client().deploy_apps(schema)
 
 
-def _wait(plan: LaunchPlan, say: Callable[[str], None]) -> None:
-    while (status := _status(plan)).status != ApplicationStatus.RUNNING:
+def _wait(plan: LaunchPlan, url: str, joined: bool, say: Callable[[str], None]) -> None:
+    """Until requests are answered. On our own machine the proxy is asked, which is cheap; a
+    status call costs driver and controller 20 ms, taken from the processes that load the model."""
+    while True:
+        status = _status(plan)
         if (reason := failure(status)) is not None:
             raise LaunchError(f"cannot serve {plan.model_name}: {reason}")
+        if joined and status.status == ApplicationStatus.RUNNING:
+            return
         say(waiting_for(status) or "loading the model")
-        time.sleep(POLL_S)
-
-
-def _wait_for_proxy(url: str) -> None:
-    """HAProxy learns of a replica about 0.1 s after Serve says that it runs."""
-    while True:
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5):
+        until = time.monotonic() + STATUS_S
+        while time.monotonic() < until:
+            if not joined and _answers(url):
                 return
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
             time.sleep(POLL_S)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5):
+            return True
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
 
 
 def _watch(plan: LaunchPlan) -> None:

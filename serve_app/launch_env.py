@@ -3,9 +3,10 @@
 Owns no value the user has set: each of these is only a default.
 """
 
-import socket
-from collections.abc import Iterable, MutableMapping
+from collections.abc import MutableMapping
 from pathlib import Path
+
+from serve_app.ports import free_ports
 
 Environ = MutableMapping[str, str]
 
@@ -21,6 +22,8 @@ FAST = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # 30 by default: a stop takes that long
+    "RAY_worker_niceness": "0",  # 15 by default: a busy neighbour starved a starting engine
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # 5 by default: a busy machine never got ready
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "600",  # 120 by default: scaling cuts longer streams
 }
 
@@ -43,22 +46,6 @@ def set_joining_defaults(environ: Environ, *, verbose: bool) -> None:
     """For a running cluster: its own nodes' environment decides how Serve runs there."""
     mode = "token" if _has_token(environ) else "disabled"
     _set_defaults(environ, (VERBOSE if verbose else QUIET) | {"RAY_AUTH_MODE": mode})
-
-
-def free_ports(count: int) -> list[int]:
-    """Different TCP ports nobody listens on now, on any interface."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        _close(sockets)
-
-
-def _close(sockets: Iterable[socket.socket]) -> None:
-    for each in sockets:
-        each.close()
 
 
 def _set_defaults(environ: Environ, values: dict[str, str]) -> None:

@@ -4,7 +4,6 @@ Everything that can be wrong without Ray or torch is refused here, in the first 
 """
 
 import copy
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import yaml
 
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError
-from serve_app.launch_env import free_ports
+from serve_app.ports import free_ports
 
 PACKAGE = Path(__file__).resolve().parent
 DEPLOYMENT = "LLMReplica"  # the deployment build_app makes; num_replicas belongs to it
@@ -107,21 +106,6 @@ def find_serve_config() -> Path:
 def default_model() -> str:
     """The checkpoint serve_config.yaml names: the demo model."""
     return make_plan().engine.model
-
-
-def check_port(host: str, port: int) -> None:
-    """ConfigError when somebody listens there, or the address is not this machine's."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise ConfigError(
-                f"cannot listen on {host} port {port}: {reason}; choose another with --port "
-                "(0 takes any free one) or --host"
-            ) from error
 
 
 def _read_serve_config(path: Path) -> dict[str, Any]:
