@@ -1,0 +1,1 @@
+"""Commands that make and judge the demo model; nothing in the product imports them."""
