@@ -26,7 +26,7 @@ ROPES: dict[str, dict[str, Any]] = {
         "factor": 8.0,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 16,
+        "original_max_position_embeddings": 32,  # kept, blended and stretched dimensions
         "rope_theta": 100.0,
     },
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
@@ -156,6 +156,19 @@ def test_both_spellings_of_rope_settings_read_the_same(name: str, tmp_path: Path
     )
     model.edit_config(rope_theta=theta)
     assert load_spec(tmp_path) == load_spec(tiny_model("llama", rope_parameters=ROPES[name]).path)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_windows_without_layer_types(family: str, first: int, tmp_path: Path) -> None:
+    """Configs from before `layer_types` say from which layer on the window holds."""
+    window = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": first}
+    model = copy_model(tiny_model(family, **window), tmp_path)
+    expected = load_spec(tmp_path).windows
+    model.edit_config(layer_types=...)
+    assert load_spec(tmp_path).windows == expected == (None,) * first + (9,) * (2 - first)
+    model.edit_config(use_sliding_window=False)
+    assert load_spec(tmp_path).windows == (None, None)
 
 
 def test_yarn_takes_its_factor_from_the_lengths_when_it_is_null() -> None:

@@ -25,7 +25,7 @@ CASES: dict[str, tuple[str, int | None, dict[str, Any]]] = {
     "awq with a head that ends within a word": (
         "llama",
         16,
-        {**EVEN, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 12},
+        {**EVEN, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 12},
     ),
     "tied": ("llama", None, {"tie_word_embeddings": True}),
     "one kv head": ("llama", None, {"num_key_value_heads": 1}),
