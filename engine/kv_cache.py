@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # the decoder imports this module
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """Keys and values of each layer, [num_blocks, block_size, kv heads of the rank, D]."""
+    """Keys and values of each layer, [num_blocks, kv heads of the rank, block_size, D]."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
@@ -32,7 +32,7 @@ class KVCache:
         tp: int,
     ) -> "KVCache":
         """Zeroed, so that a never written slot cannot hold a NaN that survives masking."""
-        shape = (num_blocks, block_size, num_rank_kv_heads(spec, tp), spec.head_dim)
+        shape = (num_blocks, num_rank_kv_heads(spec, tp), block_size, spec.head_dim)
         tensors = [_zeros(shape, dtype, device) for _ in range(2 * spec.num_layers)]
         return cls(tuple(tensors[: spec.num_layers]), tuple(tensors[spec.num_layers :]))
 

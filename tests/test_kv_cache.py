@@ -16,7 +16,7 @@ def test_blocks_are_zero_and_counted_right(tp: int, kv_heads: int, dtype: torch.
     tensors = (*cache.keys, *cache.values)
     assert len(cache.keys) == len(cache.values) == spec.num_layers
     for tensor in tensors:
-        assert tensor.shape == (5, 8, kv_heads, spec.head_dim)
+        assert tensor.shape == (5, kv_heads, 8, spec.head_dim)
         assert tensor.dtype == dtype
         assert not tensor.any()
     assert len({tensor.data_ptr() for tensor in tensors}) == len(tensors)
@@ -26,6 +26,6 @@ def test_blocks_are_zero_and_counted_right(tp: int, kv_heads: int, dtype: torch.
 def test_blocks_can_be_written() -> None:
     spec = load_spec(tiny_model("llama").path)
     cache = KVCache.allocate(spec, 2, 4, torch.bfloat16, "cpu", 1)
-    cache.keys[0][1, 2] = 3.0
+    cache.keys[0][1, :, 2] = 3.0
     assert cache.keys[0].float().sum() == 3.0 * 2 * spec.head_dim
     assert not cache.values[0].any()

@@ -29,8 +29,7 @@ class Attention:
 
     qkv: Linear
     o: RowParallelLinear
-    q_norm: Tensor | None  # [D]
-    k_norm: Tensor | None
+    qk_norm: Tensor | None  # [heads + kv heads, D]
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -47,10 +46,10 @@ class Attention:
     ) -> Tensor:
         heads, kv_heads = self.num_heads, self.num_kv_heads
         qkv = self.qkv(hidden).view(-1, heads + 2 * kv_heads, self.head_dim)
-        q, k, v = qkv.split_with_sizes((heads, kv_heads, kv_heads), dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
-        q, k = apply_rope(q, k, *rotary)
+        qk, v = qkv.split_with_sizes((heads + kv_heads, kv_heads), dim=1)
+        if self.qk_norm is not None:
+            qk = rms_norm(qk, self.qk_norm, self.eps)
+        q, k = apply_rope(qk, *rotary).split_with_sizes((heads, kv_heads), dim=1)
         store_kv(k, v, k_cache, v_cache, meta)
         scale = self.head_dim**-0.5
         attended = paged_attention(q, k_cache, v_cache, meta, scale, self.window)
@@ -83,7 +82,7 @@ class Decoder:
     norm: Tensor  # [H]
     head: VocabParallelHead
     cos: Tensor  # [session_len, D]
-    sin: Tensor
+    sin: Tensor  # with the sign that `apply_rope` wants
     eps: float
 
     @torch.inference_mode()

@@ -31,6 +31,7 @@ from engine.parallel import ParallelGroup
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.stored import Int4Matrix, Piece, StoredLinear, read_bias, read_weight
 from kernels.int4_linear import Int4Weight, pack_int4
+from kernels.rope import signed_sin
 
 
 def load_decoder(
@@ -68,7 +69,7 @@ def load_decoder(
         norm=norm,
         head=VocabParallelHead(head, spec.vocab_size, group),
         cos=cos,
-        sin=sin,
+        sin=signed_sin(sin),
         eps=spec.rms_norm_eps,
     )
 
@@ -121,14 +122,13 @@ class _Loader:
     def _attention(self, index: int, session_len: int) -> Attention:
         spec, heads, kv_heads = self._spec, self.shard.heads, self.shard.kv_heads
         prefix, linears = layer_prefix(spec, index), layer_linears(spec, index)
-        names, window = spec.names, spec.windows[index]
+        window = spec.windows[index]
         return Attention(
             qkv=self._column_parallel(qkv_pieces(spec, linears.qkv, heads, kv_heads)),
             o=self._row_parallel(
                 linears.o, range(heads.start * spec.head_dim, heads.stop * spec.head_dim)
             ),
-            q_norm=self.vector(f"{prefix}{names.q_norm}.weight") if spec.qk_norm else None,
-            k_norm=self.vector(f"{prefix}{names.k_norm}.weight") if spec.qk_norm else None,
+            qk_norm=self._qk_norm(prefix) if spec.qk_norm else None,
             num_heads=len(heads),
             num_kv_heads=len(kv_heads),
             head_dim=spec.head_dim,
@@ -136,6 +136,13 @@ class _Loader:
             window=window if window is not None and window < session_len else None,
             eps=spec.rms_norm_eps,
         )
+
+    def _qk_norm(self, prefix: str) -> Tensor:
+        """One row per query head, then one per key head: a single call normalises both."""
+        names, shard = self._spec.names, self.shard
+        q_norm = self.vector(f"{prefix}{names.q_norm}.weight")
+        k_norm = self.vector(f"{prefix}{names.k_norm}.weight")
+        return torch.stack([q_norm] * len(shard.heads) + [k_norm] * len(shard.kv_heads))
 
     def _column_parallel(self, pieces: list[Piece]) -> Linear:
         """The pieces side by side, as one linear."""
