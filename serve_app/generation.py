@@ -80,6 +80,7 @@ class Generation:
         self._model = model
         self._requests = _sequences(model, prompts, params, request_id, cache_salt)
         self._choices = [_Choice(model, request) for request in self._requests]
+        self._num_open = self.num_choices
 
     def __enter__(self) -> "Generation":
         self._open = self._model.engine.open(self._requests)
@@ -97,10 +98,11 @@ class Generation:
 
         Raises the engine's error for any of the sequences: the request fails as a whole.
         """
-        while not all(choice.ended for choice in self._choices):
+        while self._num_open:
             deltas: list[Delta] = []
             for index, output in await self._open.take():
                 if output.error is not None:
+                    self._choices[index].end("error")
                     raise output.error
                 if not self._choices[index].ended:
                     deltas.append(self._advance(index, output))
@@ -140,8 +142,10 @@ class Generation:
     def _advance(self, index: int, output: SequenceOutput) -> Delta:
         choice = self._choices[index]
         delta = choice.advance(index, output)
-        if delta.finish_reason is not None and output.finish_reason is None:
-            self._model.engine.abort(self._open, output.request_id)  # a stop string ended it
+        if delta.finish_reason is not None:
+            self._num_open -= 1
+            if output.finish_reason is None:  # a stop string ended it
+                self._model.engine.abort(self._open, output.request_id)
         return delta
 
 
@@ -151,7 +155,7 @@ class _Choice:
     def __init__(self, model: ServedModel, request: EngineRequest) -> None:
         self.num_tokens = 0
         self.num_cached_tokens = 0
-        self.ended: Literal["", "stop", "length", "abort"] = ""
+        self.ended: Literal["", "stop", "length", "abort", "error"] = ""
         self._text = TextStream(model.tokenizer, request.params, request.prompt_token_ids)
         self._own_stops = frozenset(request.params.stop_token_ids)
         self._timer = SequenceTimer(model.metrics, len(request.prompt_token_ids))
@@ -186,7 +190,7 @@ class _Choice:
             stop_reason,
         )
 
-    def end(self, reason: Literal["stop", "length", "abort"]) -> None:
+    def end(self, reason: Literal["stop", "length", "abort", "error"]) -> None:
         """Close the books once; later calls do nothing."""
         if not self.ended:
             self.ended = reason

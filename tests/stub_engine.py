@@ -1,0 +1,111 @@
+"""A stand-in at the engine seam, for what a working engine cannot be made to do.
+
+StubGroup has EngineGroup's methods and lets a test say what comes out. `served` puts the real
+HTTP application in front of it, in this process.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+from fastapi import FastAPI
+
+from engine.errors import EngineDeadError
+from engine.executor import EngineInfo
+from engine.outputs import EngineStats, SequenceOutput
+from engine.ray_group import EngineGroup
+from engine.sequence import EngineRequest
+from engine.tokenizer import Tokenizer
+from serve_app.async_engine import AsyncEngine
+from serve_app.http_app import create_http_app
+from serve_app.metrics import Metrics
+from serve_app.served_model import Limits, ServedModel
+
+INFO = EngineInfo(
+    vocab_size=300,
+    session_len=128,
+    num_blocks=16,
+    block_size=16,
+    dtype="float32",
+    device="cpu",
+    tp=1,
+)
+LIMITS = Limits(max_body_bytes=10_000, max_sequences=8)
+
+
+class StubGroup:
+    """Records calls; `put` is what the next poll returns."""
+
+    def __init__(self) -> None:
+        self.info = INFO
+        self.calls: list[list[str]] = []  # request ids of each submit
+        self.requests: dict[str, EngineRequest] = {}
+        self.aborted: list[str] = []
+        self.stopped = False
+        self.failure: Exception | None = None
+        self._outputs: list[SequenceOutput] = []
+        self._changed = asyncio.Event()
+
+    def put(self, *outputs: SequenceOutput) -> None:
+        self._outputs += outputs
+        self._changed.set()
+
+    def die(self, error: Exception) -> None:
+        self.failure = error
+        self._changed.set()
+
+    async def submit(self, requests: list[EngineRequest]) -> None:
+        self.calls.append([request.request_id for request in requests])
+        self.requests |= {request.request_id: request for request in requests}
+
+    async def abort(self, request_ids: list[str]) -> None:
+        self.aborted += request_ids
+
+    async def poll(self) -> tuple[list[SequenceOutput], EngineStats]:
+        await self._changed.wait()
+        self._changed.clear()
+        if self.failure is not None:
+            raise self.failure
+        outputs, self._outputs = self._outputs, []
+        return outputs, EngineStats(num_steps=len(outputs))
+
+    async def check(self) -> None:
+        if self.failure is not None:
+            raise EngineDeadError(str(self.failure))
+
+    def stop(self) -> None:
+        self.stopped = True
+
+    async def wait_for(self, num_requests: int) -> list[str]:
+        """Request ids once so many were submitted."""
+        async with asyncio.timeout(10):
+            while len(self.requests) < num_requests:
+                await asyncio.sleep(0.001)
+        return list(self.requests)
+
+
+def make_model(group: StubGroup, checkpoint: Path) -> ServedModel:
+    metrics = Metrics("tiny", INFO.session_len)
+    engine = AsyncEngine(cast(EngineGroup, group), metrics.record_stats)
+    return ServedModel("tiny", 0, Tokenizer.load(checkpoint), engine, metrics, LIMITS)
+
+
+@asynccontextmanager
+async def served(checkpoint: Path) -> AsyncIterator[tuple[StubGroup, FastAPI]]:
+    """The application over a stub; its lifespan runs as in a replica."""
+    group = StubGroup()
+    app = create_http_app(make_model(group, checkpoint))
+    async with app.router.lifespan_context(app):
+        yield group, app
+
+
+def client_of(app: FastAPI) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://stub")
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    return {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], **fields}
