@@ -12,6 +12,8 @@ import pytest
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+# torch too: tiny tensors gain nothing from threads, and spinning pools cost 2.5 times the CPU.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MODEL_NAME = "tiny"
 SESSION_LEN = 512
