@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.errors import CheckpointError
 from engine.models import load_spec
 from engine.weights.checkpoint import Checkpoint
+from kernels.dense_linear import DenseWeight
 from tests.paged_decoding import PagedDecoder
 from tests.test_families import PROMPT, reference_logits
 from tests.tiny_models import TinyModel, copy_model, tiny_model
@@ -110,8 +111,10 @@ def test_tied_head_that_is_stored_too(differs: bool, tmp_path: Path) -> None:
     )
     model.edit_config(tie_word_embeddings=True)
     decoder = PagedDecoder(tmp_path).decoder
-    assert (decoder.head.weight is decoder.embed.weight) is not differs
-    assert torch.equal(decoder.head.weight, decoder.embed.weight + float(differs))
+    head = decoder.head.linear.weight
+    assert isinstance(head, DenseWeight)
+    assert (head.data is decoder.embed.weight) is not differs
+    assert torch.equal(head.data, decoder.embed.weight + float(differs))
 
 
 @pytest.mark.parametrize("keep", [0, 6, 100, -1])

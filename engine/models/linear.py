@@ -10,20 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.parallel import ParallelGroup
+from kernels.dense_linear import DenseWeight, dense_linear
 from kernels.int4_linear import Int4Weight, int4_linear
+from kernels.int8_linear import Int8Weight, int8_linear
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """x [T, K] -> [T, N]; `weight` is dense [N, K] or packed int4."""
+    """x [T, K] -> [T, N]."""
 
-    weight: Tensor | Int4Weight
+    weight: DenseWeight | Int4Weight | Int8Weight
     bias: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         if isinstance(self.weight, Int4Weight):
             return int4_linear(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+        if isinstance(self.weight, Int8Weight):
+            return int8_linear(x, self.weight, self.bias)
+        return dense_linear(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +67,10 @@ class VocabParallelHead:
     The last rank's rows are padded with zeros when tp does not divide the vocabulary.
     """
 
-    weight: Tensor  # [Vp/tp, H]
+    linear: Linear  # [Vp/tp, H]
     vocab_size: int
     group: ParallelGroup
 
     def __call__(self, hidden: Tensor) -> Tensor | None:
-        logits = self.group.gather_columns(F.linear(hidden, self.weight))
+        logits = self.group.gather_columns(self.linear(hidden))
         return None if logits is None else logits[:, : self.vocab_size].float()

@@ -30,6 +30,7 @@ from engine.models.spec import DecoderSpec
 from engine.parallel import ParallelGroup
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.stored import Int4Matrix, Piece, StoredLinear, read_bias, read_weight
+from kernels.dense_linear import DenseWeight, pack_dense
 from kernels.int4_linear import Int4Weight, pack_int4
 from kernels.rope import signed_sin
 
@@ -67,7 +68,7 @@ def load_decoder(
         embed=VocabParallelEmbedding(embed, loader.shard.vocab.start, group),
         layers=layers,
         norm=norm,
-        head=VocabParallelHead(head, spec.vocab_size, group),
+        head=VocabParallelHead(Linear(pack_dense(head)), spec.vocab_size, group),
         cos=cos,
         sin=signed_sin(sin),
         eps=spec.rms_norm_eps,
@@ -158,7 +159,7 @@ class _Loader:
             return RowParallelLinear(Linear(weight, bias), None, self._group)
         return RowParallelLinear(Linear(weight), bias, self._group)
 
-    def _weight(self, pieces: list[Piece], inputs: range) -> Tensor | Int4Weight:
+    def _weight(self, pieces: list[Piece], inputs: range) -> DenseWeight | Int4Weight:
         part = slice(inputs.start, inputs.stop)
         weight = read_weight(self._checkpoint, pieces, part, self._dtype)
         if isinstance(weight, Int4Matrix):
@@ -170,7 +171,7 @@ class _Loader:
                 self._device,
                 self._int8_activations,
             )
-        return self._place(weight)
+        return pack_dense(self._place(weight))
 
     def _place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._device, self._dtype)
