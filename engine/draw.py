@@ -110,9 +110,11 @@ def _draw_among_largest(
     reached = (mass < limits.top_p * totals).sum(1, keepdim=True) + 1
     count = _fewest(k, limits.top_p, reached)
     least = values.gather(1, count.clamp(max=num_candidates) - 1)
-    total_unknown = (k > num_candidates) & (k < vocab_size)
-    last = values[:, -1:]  # when it is 0, every token of any weight is a candidate
-    unsettled = (last > 0) & (total_unknown | (count > num_candidates) | (least <= last))
+    # When top_k is larger than the candidates, top_p has no total to go by.
+    total_unknown = (k > num_candidates) & (k < vocab_size) & (limits.top_p < 1.0)
+    last = values[:, -1:]  # when it weighs nothing or too little, all that may stay is here
+    beyond = (last >= limits.min_p) & ((count > num_candidates) | (least <= last))
+    unsettled = (last > 0) & (total_unknown | beyond)
 
     token_ids, order = token_ids.sort(dim=1)
     values = values.gather(1, order)

@@ -4,6 +4,7 @@
       ├ ConfigError          an engine setting is wrong            → the process does not start
       ├ CheckpointError      a file, tensor or shape is wrong      → the process does not start
       ├ InvalidRequestError  one request is wrong                  → 400
+      ├ LogitsError          no token can be drawn for one request → 500
       ├ QueueFullError       bounded admission refused a request   → 429
       └ EngineDeadError      the engine's loop or process is gone  → 503
 
@@ -32,6 +33,10 @@ class InvalidRequestError(MantaError, ValueError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str | None]]:
         return type(self), (str(self), self.param)
+
+
+class LogitsError(MantaError):
+    """A sequence's logits are NaN or infinite, or its own bans left no token."""
 
 
 class QueueFullError(MantaError):

@@ -11,8 +11,7 @@ from typing import Any
 
 from engine.errors import CheckpointError
 
-# Keys that become defaults of a request, as vLLM's `--generation-config auto` does. `do_sample`
-# is not among them: a request without a temperature samples at the file's, or at 1.
+# Keys that become defaults of a request, as vLLM's `--generation-config auto` does.
 _SAMPLING_KEYS: Mapping[str, str] = {
     "temperature": "temperature",
     "top_p": "top_p",
@@ -41,6 +40,8 @@ class GenerationConfig:
             for theirs, ours in _SAMPLING_KEYS.items()
             if values.get(theirs) is not None
         }
+        if values.get("do_sample") is False:  # files that say so mean the likeliest token
+            sampling["temperature"] = 0.0
         return cls(_token_ids(path, values["eos_token_id"]), sampling)
 
 

@@ -76,3 +76,4 @@ class StepResult:
     token_ids: NDArray[np.int32]  # [S]
     logprobs: list[TokenLogprobs | None] | None = None  # [S]; None when nobody asked
     prompt_logprobs: list[tuple[int, list[TokenLogprobs]]] = field(default_factory=list)
+    invalid: list[int] = field(default_factory=list)  # sampled sequences without a usable token

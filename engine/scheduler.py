@@ -17,7 +17,7 @@ import numpy as np
 
 from engine.batch import Int32Array
 from engine.block_manager import BlockManager
-from engine.errors import InvalidRequestError
+from engine.errors import InvalidRequestError, LogitsError
 from engine.outputs import EngineStats, SequenceOutput, StepResult, TokenLogprobs
 from engine.sequence import EngineRequest, Sequence, Status
 
@@ -137,12 +137,17 @@ class Scheduler:
         for row, prompt_logprobs in result.prompt_logprobs:
             batch.seqs[row].prompt_logprobs.extend(prompt_logprobs)
         logprobs = result.logprobs or [None] * len(batch.sampled)
+        invalid = {batch.sampled[index] for index in result.invalid}
         for row, token_id, entry in zip(
             batch.sampled, result.token_ids.tolist(), logprobs, strict=True
         ):
             seq = batch.seqs[row]
             seq.num_pending_tokens -= 1
-            if seq.status is not Status.FINISHED:  # aborted while the step ran
+            if seq.status is Status.FINISHED:  # aborted while the step ran
+                continue
+            if row in invalid:
+                outputs.append(_no_token(seq))
+            else:
                 outputs.append(self._append_token(seq, token_id, entry))
         for seq in batch.seqs:
             if seq.status is Status.RUNNING:
@@ -305,6 +310,14 @@ class Scheduler:
         self.block_manager.release(seq)
         self._free_rows.append(seq.row)
         seq.row = -1
+
+
+def _no_token(seq: Sequence) -> SequenceOutput:
+    error = LogitsError(
+        "no token can be drawn for this request: its logits are NaN or infinite, or "
+        "allowed_token_ids, bad_words, logit_bias and min_tokens together forbid every token"
+    )
+    return SequenceOutput(seq.request_id, finish_reason="error", error=error)
 
 
 _COUNTERS = (

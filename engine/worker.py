@@ -72,7 +72,7 @@ class Worker:
             return None
         assert logits is not None, "logits are gathered on rank 0"
         sampled = self._sampler.sample(logits, sampling.batch)
-        return StepResult(sampled.token_ids, sampled.logprobs, scored)
+        return StepResult(sampled.token_ids, sampled.logprobs, scored, sampled.invalid)
 
     def _score(
         self, hidden: torch.Tensor, indices: torch.Tensor, sampling: Sampling | None

@@ -1,6 +1,7 @@
 """Any schedule gives the tokens of one-at-a-time, and blocks are free or referenced, never both."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from engine.batch import Batch, Sampling
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.errors import InvalidRequestError
+from engine.errors import InvalidRequestError, LogitsError
 from engine.outputs import SequenceOutput, StepResult
 from engine.sampling_params import SamplingParams
 from engine.scheduler import ScheduledBatch
@@ -261,6 +262,23 @@ def test_the_session_length_ends_a_sequence() -> None:
     outputs = [*engine.step(), *engine.step(), *engine.step()]
     assert [output.finish_reason for output in outputs] == [None, "length"]
     assert not engine.has_work
+
+
+def test_a_sequence_without_a_usable_token_ends_alone() -> None:
+    engine = make_engine()
+    engine.add(request("bad", [1, 2]))
+    engine.add(request("good", [3, 4]))
+    scheduled = engine.scheduler.schedule()
+    sampling = Sampling.build(scheduled)
+    batch = Batch.build(scheduled, engine.scheduler.block_tables, 4, sampling.scores)
+    result = replace(engine.executor.execute(batch, sampling), invalid=[0])
+    outputs = {output.request_id: output for output in engine.scheduler.update(scheduled, result)}
+    assert outputs["bad"].finish_reason == "error"
+    assert isinstance(outputs["bad"].error, LogitsError)
+    assert outputs["bad"].token_ids == []
+    rest = drain(engine)
+    assert outputs["good"].token_ids + rest["good"] == expected([3, 4], 8)
+    assert "bad" not in rest
 
 
 @pytest.mark.parametrize(
