@@ -1,4 +1,4 @@
-"""KVCache: one rank's key and value tensors of every layer, in blocks.
+"""KVCache: one rank's keys and values of every layer, in blocks.
 
 Which block belongs to which sequence is the scheduler's affair.
 """
@@ -16,10 +16,12 @@ if TYPE_CHECKING:  # the decoder imports this module
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """Keys and values of each layer, [num_blocks, kv heads of the rank, block_size, D]."""
+    """One tensor per layer, [num_blocks, 2 * kv heads of the rank, block_size, D].
 
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
+    The heads of the keys come first, then those of the values (kernels/attention.py).
+    """
+
+    layers: tuple[Tensor, ...]
 
     @classmethod
     def allocate(
@@ -32,9 +34,8 @@ class KVCache:
         tp: int,
     ) -> "KVCache":
         """Zeroed, so that a never written slot cannot hold a NaN that survives masking."""
-        shape = (num_blocks, num_rank_kv_heads(spec, tp), block_size, spec.head_dim)
-        tensors = [_zeros(shape, dtype, device) for _ in range(2 * spec.num_layers)]
-        return cls(tuple(tensors[: spec.num_layers]), tuple(tensors[spec.num_layers :]))
+        shape = (num_blocks, 2 * num_rank_kv_heads(spec, tp), block_size, spec.head_dim)
+        return cls(tuple(_zeros(shape, dtype, device) for _ in range(spec.num_layers)))
 
 
 def bytes_per_block(spec: "DecoderSpec", block_size: int, dtype: torch.dtype, tp: int) -> int:

@@ -1,9 +1,10 @@
 """Causal attention over the paged KV cache.
 
-Layout: k_cache and v_cache are [num_blocks, Hkv, block_size, D]; token p of a sequence is entry
-p % block_size of block block_table[p // block_size]. A block keeps the tokens of one head side by
-side, so that gathering a sequence's blocks head by head gives the [Hkv, keys, D] that the matrix
-products read, with no transposition.
+Layout: a layer's cache is [num_blocks, 2 * Hkv, block_size, D], the heads of the keys and then
+those of the values; token p of a sequence is entry p % block_size of block
+block_table[p // block_size]. A block keeps the tokens of one head side by side, so that gathering
+a sequence's blocks head by head gives the [Hkv, keys, D] that the matrix products read, with no
+transposition, and one gather serves keys and values.
 
 Math: out = softmax(scale * q k^T + mask) v, softmax and sums in float32. Query head h reads key
 head h // G, G = Hq / Hkv; a query at position p sees the keys p - window < i <= p.
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention_plan import DecodeGroup, Int32Array, Planner, PrefillTile
+from kernels.attention_plan import DecodeGroup, Int32Array, KeyBlocks, Planner, PrefillTile
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,61 +62,51 @@ class AttentionMetadata:
         )
 
 
-def store_kv(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata
-) -> None:
-    """Write the new tokens' k and v [T, Hkv, D] into their slots."""
-    assert k_cache.shape[1:] == (k.shape[1], meta.block_size, k.shape[2])
-    rows = (_store_rows(meta, k.shape[1]),)
-    k_cache.view(-1, k.shape[2]).index_put_(rows, k)
-    v_cache.view(-1, v.shape[2]).index_put_(rows, v)
+def store_kv(kv: Tensor, cache: Tensor, meta: AttentionMetadata) -> None:
+    """Write the new tokens' keys and values, kv [T, 2 * Hkv, D], into their slots."""
+    assert cache.shape[1:] == (kv.shape[1], meta.block_size, kv.shape[2])
+    cache.view(-1, cache.shape[3]).index_put_((_store_rows(meta, kv.shape[1]),), kv)
 
 
 def paged_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    meta: AttentionMetadata,
-    scale: float,
-    window: int | None,
+    q: Tensor, cache: Tensor, meta: AttentionMetadata, scale: float, window: int | None
 ) -> Tensor:
     """q [T, Hq, D] -> [T, Hq, D]; the step's own keys and values are stored already."""
-    num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
-    assert q.shape[1] % num_kv_heads == 0
-    assert q.shape[2] == head_dim
-    plan = _plan(meta, k_cache, window)
-    keys = k_cache.view(-1, meta.block_size * head_dim)
-    values = v_cache.view(-1, meta.block_size * head_dim)
-    grouped = q.view(q.shape[0], num_kv_heads, -1, head_dim)  # [T, Hkv, G, D]
-    out = torch.empty_like(grouped)
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads = cache.shape[1] // 2
+    assert num_heads % num_kv_heads == 0
+    assert head_dim == cache.shape[3]
+    plan = _plan(meta, cache, window)
+    grouped = q.view(num_tokens, num_kv_heads, -1, head_dim)  # [T, Hkv, G, D]
+    if len(plan.decode_groups) == 1 and plan.decode_groups[0].queries is None:
+        return _attend_decodes(grouped, cache, plan.decode_groups[0].keys, scale).view_as(q)
+    out = grouped.new_empty(grouped.shape)
     for group in plan.decode_groups:
-        _attend_decodes(grouped, keys, values, group, scale, out)
+        assert group.queries is not None
+        rows = grouped.index_select(0, group.queries)
+        out.index_copy_(0, group.queries, _attend_decodes(rows, cache, group.keys, scale))
     for tile in plan.prefill_tiles:
-        _attend_tile(grouped, keys, values, tile, scale, out)
-    return out.flatten(1, 2)
+        queries = slice(tile.first, tile.last)
+        out[queries] = _attend_tile(grouped[queries], cache, tile.keys, scale)
+    return out.view(q.shape)
 
 
-def _attend_decodes(
-    q: Tensor, keys: Tensor, values: Tensor, group: DecodeGroup, scale: float, out: Tensor
-) -> None:
-    """The G query heads of a key head are the rows of one product."""
-    k, v = group.keys.gather(keys, q.shape[3]), group.keys.gather(values, q.shape[3])
-    rows = q.index_select(0, group.queries)  # [R, Hkv, G, D]
-    attended = F.scaled_dot_product_attention(rows, k, v, attn_mask=group.keys.mask, scale=scale)
-    out.index_copy_(0, group.queries, attended)
+def _attend_decodes(q: Tensor, cache: Tensor, keys: KeyBlocks, scale: float) -> Tensor:
+    """One query of R sequences each, q [R, Hkv, G, D]: G heads are the rows of one product."""
+    k, v = keys.gather(cache)
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=keys.mask, scale=scale)
+    return attended.contiguous()
 
 
-def _attend_tile(
-    q: Tensor, keys: Tensor, values: Tensor, tile: PrefillTile, scale: float, out: Tensor
-) -> None:
-    """Key heads are the batch and G the heads, which all read the same keys."""
+def _attend_tile(q: Tensor, cache: Tensor, keys: KeyBlocks, scale: float) -> Tensor:
+    """Queries of one sequence, q [queries, Hkv, G, D]: key heads are the batch, G the heads."""
     _, num_kv_heads, group_size, head_dim = q.shape
-    shape = (num_kv_heads, group_size, tile.keys.num_keys, head_dim)
-    k = tile.keys.gather(keys, head_dim).transpose(0, 1).expand(shape)
-    v = tile.keys.gather(values, head_dim).transpose(0, 1).expand(shape)
-    rows = q[tile.first : tile.last].permute(1, 2, 0, 3)  # [Hkv, G, queries, D]
-    attended = F.scaled_dot_product_attention(rows, k, v, attn_mask=tile.keys.mask, scale=scale)
-    out[tile.first : tile.last] = attended.permute(2, 0, 1, 3)
+    shape = (num_kv_heads, group_size, keys.num_keys, head_dim)
+    k, v = (part.transpose(0, 1).expand(shape) for part in keys.gather(cache))
+    attended = F.scaled_dot_product_attention(
+        q.permute(1, 2, 0, 3), k, v, attn_mask=keys.mask, scale=scale
+    )
+    return attended.permute(2, 0, 1, 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,25 +117,24 @@ class _Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Derived:
-    store_rows: dict[int, Tensor]  # by number of kv heads
+    store_rows: dict[int, Tensor]  # by number of heads of a block
     plans: dict[Planner, _Plan]
 
 
-def _store_rows(meta: AttentionMetadata, num_kv_heads: int) -> Tensor:
-    """int64 [T, Hkv]: where each new token's heads go in a cache viewed as [-1, D]."""
+def _store_rows(meta: AttentionMetadata, num_heads: int) -> Tensor:
+    """int64 [T, heads]: where each new token's heads go in a cache viewed as [-1, D]."""
     known = meta.derived.store_rows
-    if num_kv_heads not in known:
+    if num_heads not in known:
         blocks, offsets = np.divmod(meta.slot_mapping.astype(np.int64)[:, None], meta.block_size)
-        heads = blocks * num_kv_heads + np.arange(num_kv_heads)
-        rows = torch.from_numpy(heads * meta.block_size + offsets)
-        known[num_kv_heads] = rows.to(meta.device)
-    return known[num_kv_heads]
+        heads = blocks * num_heads + np.arange(num_heads)
+        known[num_heads] = torch.from_numpy(heads * meta.block_size + offsets).to(meta.device)
+    return known[num_heads]
 
 
 def _plan(meta: AttentionMetadata, cache: Tensor, window: int | None) -> _Plan:
     planner = Planner(
         block_size=meta.block_size,
-        num_kv_heads=cache.shape[1],
+        num_kv_heads=cache.shape[1] // 2,
         head_dim=cache.shape[3],
         dtype=cache.dtype,
         device=meta.device,
@@ -152,9 +142,10 @@ def _plan(meta: AttentionMetadata, cache: Tensor, window: int | None) -> _Plan:
     )
     known = meta.derived.plans
     if planner not in known:
-        decodes = meta.num_decodes
-        groups = planner.decode_groups(meta.context_lens[:decodes], meta.block_tables[:decodes])
-        starts = meta.query_start_loc.tolist()
+        decodes, starts = meta.num_decodes, meta.query_start_loc.tolist()
+        groups = planner.decode_groups(
+            meta.context_lens[:decodes], meta.block_tables[:decodes], starts[-1]
+        )
         tiles: list[PrefillTile] = []
         for seq in range(decodes, len(meta.context_lens)):
             num_queries = starts[seq + 1] - starts[seq]

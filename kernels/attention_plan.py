@@ -28,21 +28,23 @@ QUERY_TILE = 256
 class KeyBlocks:
     """The keys R sequences need, from a block boundary on, and which of them each query sees."""
 
-    rows: Tensor  # int64 [R * Hkv * blocks], rows of a cache viewed as [-1, block_size * D]
+    rows: Tensor  # int64 [2 * R * Hkv * blocks] of a cache viewed as [-1, block_size * D]
     num_seqs: int
     num_kv_heads: int
     num_keys: int
     mask: Tensor  # 0 or -inf; [R, 1, 1, num_keys] or [queries, num_keys]
 
-    def gather(self, cache: Tensor, head_dim: int) -> Tensor:
-        """cache [-1, block_size * D] -> [R, Hkv, num_keys, D]."""
-        blocks = cache.index_select(0, self.rows)
-        return blocks.view(self.num_seqs, self.num_kv_heads, -1, head_dim)[:, :, : self.num_keys]
+    def gather(self, cache: Tensor) -> tuple[Tensor, Tensor]:
+        """cache [num_blocks, 2 * Hkv, block_size, D] -> keys, values [R, Hkv, num_keys, D]."""
+        blocks = cache.view(-1, cache.shape[2] * cache.shape[3]).index_select(0, self.rows)
+        shape = (2, self.num_seqs, self.num_kv_heads, -1, cache.shape[3])
+        keys, values = blocks.view(shape)[:, :, :, : self.num_keys].unbind()
+        return keys, values
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
-    queries: Tensor  # int64 [R], rows of the step's tokens
+    queries: Tensor | None  # int64 [R], rows of the step's tokens; None: all of them, in order
     keys: KeyBlocks
 
 
@@ -55,7 +57,7 @@ class PrefillTile:
 
 @dataclass(frozen=True, slots=True)
 class Planner:
-    """Builds the indices for one cache shape and one window."""
+    """Builds the indices for one cache shape, [num_blocks, 2 * Hkv, block_size, D], and window."""
 
     block_size: int
     num_kv_heads: int
@@ -65,7 +67,7 @@ class Planner:
     window: int | None
 
     def decode_groups(
-        self, context_lens: Int32Array, block_tables: Int32Array
+        self, context_lens: Int32Array, block_tables: Int32Array, num_tokens: int
     ) -> Iterator[DecodeGroup]:
         """One query per sequence, at context_lens - 1; rows of like length share a group."""
         stops = context_lens.astype(np.int64)
@@ -82,7 +84,8 @@ class Planner:
             hidden = self._hidden(stops[seqs, None] - 1 - positions)
             rows = self._rows(block_tables[seqs], starts[seqs], num_keys)
             keys = self._key_blocks(rows, len(seqs), hidden[:, None, None, :])
-            yield DecodeGroup(torch.from_numpy(seqs).to(self.device), keys)
+            in_order = len(seqs) == num_tokens and bool((seqs[1:] > seqs[:-1]).all())
+            yield DecodeGroup(None if in_order else torch.from_numpy(seqs).to(self.device), keys)
 
     def prefill_tiles(
         self, first_token: int, num_queries: int, context_len: int, block_table: Int32Array
@@ -111,12 +114,12 @@ class Planner:
         return (distance < 0) | (distance >= self.window)
 
     def _rows(self, block_tables: Int32Array, starts: IntArray, num_keys: int) -> IntArray:
-        """[R * Hkv * blocks]; places behind a table's end repeat its last entry, masked."""
+        """[2 * R * Hkv * blocks]; places behind a table's end repeat its last entry, masked."""
         columns = (starts // self.block_size)[:, None] + np.arange(-(-num_keys // self.block_size))
         columns = np.minimum(columns, block_tables.shape[1] - 1)
         blocks = np.take_along_axis(block_tables, columns, axis=1).astype(np.int64)
-        heads = np.arange(self.num_kv_heads)[:, None]
-        return (blocks[:, None, :] * self.num_kv_heads + heads).reshape(-1)
+        heads = np.arange(2 * self.num_kv_heads).reshape(2, 1, -1, 1)  # of keys, then of values
+        return (blocks[None, :, None, :] * 2 * self.num_kv_heads + heads).reshape(-1)
 
     def _key_blocks(self, rows: IntArray, num_seqs: int, hidden: NDArray[np.bool_]) -> KeyBlocks:
         mask = torch.zeros(hidden.shape, dtype=self.dtype)

@@ -20,12 +20,11 @@ def signed_sin(sin: Tensor) -> Tensor:
     return torch.cat((-first, second), dim=-1)
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [T, heads, D], cos and signed sin [T, R] in x's dtype -> rotated x, a new tensor."""
+def apply_rope_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate x [T, heads, D] in place by cos and signed sin [T, 1, R], all of one dtype."""
     rotary_dim = cos.shape[-1]
     assert rotary_dim <= x.shape[-1]
     assert rotary_dim % 2 == 0
-    turned, passed = x[..., :rotary_dim], x[..., rotary_dim:]
+    turned = x[..., :rotary_dim] if rotary_dim < x.shape[-1] else x
     swapped = turned.roll(rotary_dim // 2, dims=-1)
-    turned = (turned * cos.unsqueeze(1)).addcmul_(swapped, sin.unsqueeze(1))
-    return torch.cat((turned, passed), dim=-1) if passed.shape[-1] else turned
+    turned.mul_(cos).addcmul_(swapped, sin)

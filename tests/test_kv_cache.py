@@ -13,19 +13,18 @@ from tests.tiny_models import tiny_model
 def test_blocks_are_zero_and_counted_right(tp: int, kv_heads: int, dtype: torch.dtype) -> None:
     spec = load_spec(tiny_model("llama").path)
     cache = KVCache.allocate(spec, 5, 8, dtype, "cpu", tp)
-    tensors = (*cache.keys, *cache.values)
-    assert len(cache.keys) == len(cache.values) == spec.num_layers
-    for tensor in tensors:
-        assert tensor.shape == (5, kv_heads, 8, spec.head_dim)
+    assert len(cache.layers) == spec.num_layers
+    for tensor in cache.layers:
+        assert tensor.shape == (5, 2 * kv_heads, 8, spec.head_dim)
         assert tensor.dtype == dtype
         assert not tensor.any()
-    assert len({tensor.data_ptr() for tensor in tensors}) == len(tensors)
-    assert sum(tensor.nbytes for tensor in tensors) == 5 * bytes_per_block(spec, 8, dtype, tp)
+    assert len({tensor.data_ptr() for tensor in cache.layers}) == spec.num_layers
+    assert sum(tensor.nbytes for tensor in cache.layers) == 5 * bytes_per_block(spec, 8, dtype, tp)
 
 
 def test_blocks_can_be_written() -> None:
     spec = load_spec(tiny_model("llama").path)
     cache = KVCache.allocate(spec, 2, 4, torch.bfloat16, "cpu", 1)
-    cache.keys[0][1, :, 2] = 3.0
-    assert cache.keys[0].float().sum() == 3.0 * 2 * spec.head_dim
-    assert not cache.values[0].any()
+    cache.layers[0][1, :, 2] = 3.0
+    assert cache.layers[0].float().sum() == 3.0 * 4 * spec.head_dim
+    assert not cache.layers[1].any()

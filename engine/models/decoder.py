@@ -20,7 +20,7 @@ from engine.models.linear import (
 from kernels.activation import silu_mul
 from kernels.attention import AttentionMetadata, paged_attention, store_kv
 from kernels.norm import add_rms_norm, rms_norm
-from kernels.rope import apply_rope
+from kernels.rope import apply_rope_
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +41,17 @@ class Attention:
         hidden: Tensor,
         rotary: tuple[Tensor, Tensor],
         meta: AttentionMetadata,
-        k_cache: Tensor,
-        v_cache: Tensor,
+        cache: Tensor,
     ) -> Tensor:
         heads, kv_heads = self.num_heads, self.num_kv_heads
         qkv = self.qkv(hidden).view(-1, heads + 2 * kv_heads, self.head_dim)
-        qk, v = qkv.split_with_sizes((heads + kv_heads, kv_heads), dim=1)
+        qk = qkv[:, : heads + kv_heads]
         if self.qk_norm is not None:
-            qk = rms_norm(qk, self.qk_norm, self.eps)
-        q, k = apply_rope(qk, *rotary).split_with_sizes((heads, kv_heads), dim=1)
-        store_kv(k, v, k_cache, v_cache, meta)
-        scale = self.head_dim**-0.5
-        attended = paged_attention(q, k_cache, v_cache, meta, scale, self.window)
+            qk.copy_(rms_norm(qk, self.qk_norm, self.eps))
+        apply_rope_(qk, *rotary)
+        q, kv = qkv.split_with_sizes((heads, 2 * kv_heads), dim=1)
+        store_kv(kv, cache, meta)
+        attended = paged_attention(q, cache, meta, self.head_dim**-0.5, self.window)
         return self.o(attended.view(-1, heads * self.head_dim))
 
 
@@ -94,13 +93,12 @@ class Decoder:
         kv_cache: KVCache,
     ) -> Tensor:
         """input_ids and positions int64 [T] -> hidden [T, H], normalised; fills the KV cache."""
-        rotary = self.cos[positions], self.sin[positions]
+        rotary = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
         hidden = self.embed(input_ids)
         residual = torch.zeros_like(hidden)
-        caches = zip(kv_cache.keys, kv_cache.values, strict=True)
-        for layer, (k_cache, v_cache) in zip(self.layers, caches, strict=True):
+        for layer, cache in zip(self.layers, kv_cache.layers, strict=True):
             hidden, residual = add_rms_norm(hidden, residual, layer.input_norm, self.eps)
-            hidden = layer.attention(hidden, rotary, meta, k_cache, v_cache)
+            hidden = layer.attention(hidden, rotary, meta, cache)
             hidden, residual = add_rms_norm(hidden, residual, layer.post_attention_norm, self.eps)
             hidden = layer.mlp(hidden)
         return add_rms_norm(hidden, residual, self.norm, self.eps)[0]
