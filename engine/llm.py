@@ -23,7 +23,11 @@ Prompt = str | Sequence[int]
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One generated sequence. `stop_reason` is the stop string or token id that ended it."""
+    """One generated sequence.
+
+    `stop_reason` is the stop string or token id that ended it, or what went wrong when
+    `finish_reason` is "error"; other sequences go on.
+    """
 
     index: int
     text: str = ""
@@ -192,6 +196,8 @@ class _Request:
         if output.prompt_logprobs is not None:
             self.output.prompt_logprobs = output.prompt_logprobs
         self.output.num_cached_tokens = max(self.output.num_cached_tokens, output.num_cached_tokens)
+        if output.error is not None:
+            completion.stop_reason = str(output.error)
         if delta.stop is not None:
             completion.finish_reason, completion.stop_reason = "stop", delta.stop
         return delta.stop is not None
