@@ -100,7 +100,9 @@ def draw_evenly(
         {"top_p": 0.99, "temperature": 2.0},
         {"top_k": 150, "top_p": 0.9, "temperature": 3.0},
         {"top_k": 40, "top_p": 0.9, "min_p": 0.05, "temperature": 1.5},
-        {"top_p": 0.97, "min_p": 0.02, "temperature": 5.0},
+        {"top_k": 150, "top_p": 0.3, "temperature": 3.0},
+        {"top_p": 0.97, "min_p": 0.2, "temperature": 5.0},
+        {"top_k": 140, "min_p": 0.3},
     ],
 )
 def test_filters_agree_with_transformers(vocab_size: int, settings_: dict[str, float]) -> None:

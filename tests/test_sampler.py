@@ -281,7 +281,7 @@ def test_min_tokens_counts_resumed_output() -> None:
     ],
 )
 def test_bad_words_cannot_be_completed(prompt: list[int], output: list[int], expected: int) -> None:
-    params = SamplingParams(temperature=0, bad_words=[[1, 2, 3], [4, 3], [0, 0, 0, 0, 0, 0, 3]])
+    params = SamplingParams(temperature=0, bad_words=[[1, 2, 3], [4, 3], [2, 2, 3]])
     logits = [1.0, 0.0, 0.0, 2.0, 0.0, 0.0]
     assert sample_one(logits, params, prompt=prompt, output=output) == expected
 
@@ -319,11 +319,29 @@ def test_repetition_penalty_agrees_with_transformers() -> None:
         torch.testing.assert_close(edited, expected)
 
 
+def test_a_short_history_beside_a_long_one() -> None:
+    sampler = Sampler(3, 2, SESSION_LEN, "cpu")
+    params = SamplingParams(temperature=0, repetition_penalty=2.0)
+    new_rows = [new_row(0, params, prompt=[2, 1, 2, 1, 2]), new_row(1, params, prompt=[1])]
+    logits = torch.tensor([[1.0, 1.5, 0.8]]).repeat(2, 1)
+    assert sample(sampler, logits, [0, 1], *new_rows).token_ids.tolist() == [0, 0]
+    assert sample(sampler, logits, [0, 1]).token_ids.tolist() == [1, 2]
+
+
 def test_presence_and_frequency_look_at_the_output_only() -> None:
     params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.1)
     edited = edit(torch.zeros(1, 5), params, [0, 0, 1], [1, 2, 2])
     torch.testing.assert_close(edited, torch.tensor([0.0, -0.6, -0.7, 0.0, 0.0]))
     assert edit(torch.zeros(1, 5), params, [0, 0, 1], []).tolist() == [0.0] * 5
+
+
+def test_a_row_without_output_beside_one_with_output() -> None:
+    sampler = Sampler(3, 2, SESSION_LEN, "cpu")
+    params = SamplingParams(temperature=0, presence_penalty=2.0, frequency_penalty=2.0)
+    new_rows = [new_row(0, params, prompt=[1], output=[2, 2]), new_row(1, params, prompt=[1])]
+    logits = torch.tensor([[1.0, 0.5, 3.0]]).repeat(2, 1)
+    assert sample(sampler, logits, [0, 1], *new_rows).token_ids.tolist() == [0, 2]
+    assert sample(sampler, logits, [1, 0]).token_ids.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(("bias", "expected"), [(100.0, 0), (-100.0, 2), (0.5, 1)])
