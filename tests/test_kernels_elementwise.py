@@ -1,0 +1,93 @@
+"""RMSNorm, rotary embedding and SwiGLU against float64 formulas."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.activation import silu_mul
+from kernels.norm import add_rms_norm, rms_norm
+from kernels.rope import apply_rope_, signed_sin
+
+EPS = 1e-5
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_near(found: Tensor, expected: Tensor, roundings: int) -> None:
+    """Equal but for so many roundings to found's dtype."""
+    eps = torch.finfo(found.dtype).eps
+    torch.testing.assert_close(found.double(), expected, rtol=roundings * eps, atol=4 * eps)
+
+
+def norm64(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.double()
+    return wide / (wide.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 9, 33])
+@pytest.mark.parametrize("size", [8, 48, 1000])
+def test_rms_norm(dtype: torch.dtype, num_tokens: int, size: int) -> None:
+    x, weight = normal(num_tokens, size, dtype=dtype), normal(size, dtype=dtype, seed=1)
+    assert_near(rms_norm(x, weight, EPS), norm64(x, weight), roundings=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [0.0, 1e-4, 300.0])
+def test_rms_norm_of_small_and_large_rows(dtype: torch.dtype, scale: float) -> None:
+    """eps counts where the row is small; squares of large bf16 rows do not overflow."""
+    x, weight = normal(3, 64, dtype=dtype) * scale, normal(64, dtype=dtype, seed=1)
+    assert_near(rms_norm(x, weight, EPS), norm64(x, weight), roundings=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rms_norm_per_head(dtype: torch.dtype) -> None:
+    x, weight = normal(5, 6, 24, dtype=dtype), normal(6, 24, dtype=dtype, seed=1)
+    assert_near(rms_norm(x, weight, EPS), norm64(x, weight), roundings=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 20])
+def test_add_rms_norm(dtype: torch.dtype, num_tokens: int) -> None:
+    x, residual = normal(num_tokens, 48, dtype=dtype), normal(num_tokens, 48, dtype=dtype, seed=1)
+    weight = normal(48, dtype=dtype, seed=2)
+    normed, total = add_rms_norm(x, residual, weight, EPS)
+    assert torch.equal(total, x + residual)
+    assert_near(normed, norm64(total, weight), roundings=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(24, 24), (64, 64), (80, 32), (16, 2)])
+@pytest.mark.parametrize("num_tokens", [1, 11])
+def test_rope(dtype: torch.dtype, head_dim: int, rotary_dim: int, num_tokens: int) -> None:
+    """Each pair (i, i + R/2) turns as a complex number by its angle; the rest is kept."""
+    x = normal(num_tokens, 5, head_dim, dtype=dtype)
+    angles = normal(num_tokens, 1, rotary_dim // 2, dtype=torch.float32).repeat(1, 1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    half = rotary_dim // 2
+    turned = torch.complex(x[..., :half].double(), x[..., half:rotary_dim].double())
+    turned = turned * torch.complex(cos[..., :half].double(), sin[..., :half].double())
+    expected = torch.cat((turned.real, turned.imag, x[..., rotary_dim:].double()), dim=-1)
+    apply_rope_(x, cos, signed_sin(sin))
+    assert_near(x, expected, roundings=2)
+
+
+def test_rope_writes_through_a_slice() -> None:
+    """The decoder rotates q and k where its fused projection left them."""
+    qkv = normal(3, 6, 8, dtype=torch.float32)
+    before = qkv.clone()
+    angles = normal(3, 1, 4, dtype=torch.float32, seed=1).repeat(1, 1, 2)
+    apply_rope_(qkv[:, :4], angles.cos(), signed_sin(angles.sin()))
+    assert torch.equal(qkv[:, 4:], before[:, 4:])
+    assert not torch.equal(qkv[:, :4], before[:, :4])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("num_tokens", "size"), [(1, 7), (13, 48), (40, 1000)])
+def test_silu_mul(dtype: torch.dtype, num_tokens: int, size: int) -> None:
+    gate_up = normal(num_tokens, 2 * size, dtype=dtype) * 3
+    gate, up = gate_up.double().chunk(2, dim=1)
+    assert_near(silu_mul(gate_up), gate * torch.sigmoid(gate) * up, roundings=2)

@@ -1,0 +1,157 @@
+"""Every linear kernel against float64 arithmetic on the values it was given, few rows and many."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.weights.awq import dequantize, quantize_rtn
+from kernels.dense_linear import dense_linear, pack_dense
+from kernels.int4_linear import MAX_INT4_ROWS, Int4Weight, int4_linear, pack_int4
+from kernels.int8_linear import has_int8_kernel, int8_linear, pack_int8
+
+ROWS = (1, MAX_INT4_ROWS, MAX_INT4_ROWS + 1, 33)
+# Error of y relative to its norm, as kernels/int4_linear.py documents it.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 6e-4}
+INT8_TOLERANCE = 1.5e-2
+DTYPES = list(TOLERANCE)
+
+needs_int8 = pytest.mark.skipif(not has_int8_kernel(), reason="torch without oneDNN's int8")
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def linear64(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = x.double() @ weight.double().t()
+    return y if bias is None else y + bias.double()
+
+
+def quantized(
+    rows: int, columns: int, group_size: int, dtype: torch.dtype, int8_activations: bool = False
+) -> tuple[Int4Weight, Tensor]:
+    """A packed weight and its exact value [N, K]."""
+    q, zeros, scales = quantize_rtn(normal(rows, columns), group_size)
+    packed = pack_int4(q, zeros, scales, dtype, "cpu", int8_activations)
+    return packed, dequantize(q, zeros, scales).t()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("num_rows", ROWS)
+@pytest.mark.parametrize(("k", "group_size"), [(256, 32), (256, 64), (384, 128), (96, 96)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int4(dtype: torch.dtype, k: int, group_size: int, num_rows: int, bias: bool) -> None:
+    weight, exact = quantized(64, k, group_size, dtype)
+    x = normal(num_rows, k, seed=1).to(dtype)
+    added = normal(64, seed=2).to(dtype) if bias else None
+    y = int4_linear(x, weight, added)
+    assert y.dtype == dtype
+    assert weight.shape == (64, k)
+    assert relative_error(y, linear64(x, exact, added)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("num_outputs", [8, 24, 40])
+@pytest.mark.parametrize("num_rows", ROWS)
+def test_int4_with_outputs_the_4_bit_kernel_cannot_tile(num_rows: int, num_outputs: int) -> None:
+    weight, exact = quantized(num_outputs, 128, 64, torch.bfloat16)
+    x = normal(num_rows, 128, seed=1).bfloat16()
+    error = relative_error(int4_linear(x, weight, None), linear64(x, exact, None))
+    assert error < TOLERANCE[torch.bfloat16]
+
+
+def test_int4_extremes_of_q_and_zero() -> None:
+    """The 4-bit kernel's (q - 8) * scale + (8 - zero) * scale, at every corner."""
+    q = torch.tensor([0, 15], dtype=torch.uint8).repeat(64, 16)  # [K, N]
+    zeros = torch.tensor([0, 0, 15, 15], dtype=torch.uint8).repeat(2, 8)  # [K/g, N]
+    scales = torch.full((2, 32), 0.5)
+    weight = pack_int4(q, zeros, scales, torch.bfloat16, "cpu")
+    x = normal(2, 64).bfloat16()
+    expected = linear64(x, dequantize(q, zeros, scales).t(), None)
+    assert relative_error(int4_linear(x, weight, None), expected) < TOLERANCE[torch.bfloat16]
+
+
+@needs_int8
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("num_rows", ROWS)
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_int4_with_int8_activations(group_size: int, num_rows: int, bias: bool) -> None:
+    weight, exact = quantized(64, 512, group_size, torch.bfloat16, int8_activations=True)
+    x = normal(num_rows, 512, seed=1).bfloat16()
+    added = normal(64, seed=2).bfloat16() if bias else None
+    assert weight.int8_activations
+    bound = TOLERANCE[torch.bfloat16] if num_rows <= MAX_INT4_ROWS else INT8_TOLERANCE
+    assert relative_error(int4_linear(x, weight, added), linear64(x, exact, added)) < bound
+
+
+def test_float32_is_exact_whatever_was_asked() -> None:
+    weight, exact = quantized(64, 128, 32, torch.float32, int8_activations=True)
+    assert not weight.int8_activations
+    x = normal(7, 128, seed=1)
+    assert torch.equal(int4_linear(x, weight, None), torch.nn.functional.linear(x, exact))
+
+
+@needs_int8
+@pytest.mark.parametrize(("n", "k"), [(1, 16), (31, 33), (64, 257), (130, 96)])
+@pytest.mark.parametrize("num_rows", [1, 2, 19, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_int8(dtype: torch.dtype, num_rows: int, n: int, k: int) -> None:
+    weight, x, bias = normal(n, k), normal(num_rows, k, seed=1).to(dtype), normal(n, seed=2)
+    y = int8_linear(x, pack_int8(weight), bias.to(dtype))
+    assert y.dtype == dtype
+    assert relative_error(y, linear64(x, weight, bias.to(dtype))) < INT8_TOLERANCE
+
+
+@needs_int8
+def test_int8_is_the_documented_sum() -> None:
+    """Exact up to float32: the integers are what the docstring says, the sum is int32."""
+    weight, x = normal(48, 320).double(), normal(5, 320, seed=1).double()
+    weight_scale = weight.abs().amax(1, keepdim=True) / 127
+    row_scale = x.abs().amax(1, keepdim=True) / 127
+    expected = (x / row_scale).round() @ (weight / weight_scale).round().t()
+    expected *= row_scale * weight_scale.t()
+    y = int8_linear(x.float(), pack_int8(weight.float()), None)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_int8
+def test_int8_rows_do_not_see_each_other() -> None:
+    weight = pack_int8(normal(64, 128))
+    x = normal(6, 128, seed=1).bfloat16() * torch.logspace(-3, 3, 6).bfloat16().unsqueeze(1)
+    together = int8_linear(x, weight, None)
+    for row in range(6):
+        assert torch.equal(int8_linear(x[row : row + 1], weight, None)[0], together[row])
+
+
+@needs_int8
+def test_int8_of_zeros_is_zero() -> None:
+    weight = normal(32, 64)
+    weight[3] = 0
+    x = normal(3, 64, seed=1)
+    x[1] = 0
+    y = int8_linear(x, pack_int8(weight), None)
+    assert y.isfinite().all()
+    assert not y[1].any()
+    assert not y[:, 3].any()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("n", "k"), [(1, 16), (24, 40), (131, 48)])
+@pytest.mark.parametrize("num_rows", ROWS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dense(dtype: torch.dtype, num_rows: int, n: int, k: int, bias: bool) -> None:
+    weight, x = normal(n, k).to(dtype), normal(num_rows, k, seed=1).to(dtype)
+    added = normal(n, seed=2).to(dtype) if bias else None
+    packed = pack_dense(weight)
+    assert packed.shape == (n, k)
+    y = dense_linear(x, packed, added)
+    assert y.dtype == dtype
+    assert relative_error(y, linear64(x, weight, added)) < TOLERANCE[dtype]
+
+
+def test_dense_float32_is_kept_as_it_is() -> None:
+    weight = normal(8, 16)
+    assert pack_dense(weight).data is weight
