@@ -158,7 +158,7 @@ class Sampler:
     def _choose(
         self, logits: Tensor, draws: _Draws | None, num_outputs: Int64Array
     ) -> tuple[Tensor, Tensor]:
-        """Token and validity of each row [S]; a row with NaN or infinities takes its argmax."""
+        """Token and validity of each row [S]; a row with NaN or infinities gets any token."""
         token_ids, maxima = argmax(logits)
         valid = maxima.isfinite()
         if draws is None:
@@ -166,11 +166,10 @@ class Sampler:
         numbers = self._column(uniforms(draws.seeds, num_outputs[draws.indices]))
         if len(draws.indices) == len(logits):
             weights = weigh_(logits, maxima, draws.inverse_temperature)
-            return torch.where(valid, draw(weights, numbers, draws.limits), token_ids), valid
+            return draw(weights, numbers, draws.limits), valid
         rows = self._tensor(draws.indices)
         weights = weigh_(logits[rows], maxima[rows], draws.inverse_temperature)
-        drawn = draw(weights, numbers, draws.limits)
-        token_ids[rows] = torch.where(valid[rows], drawn, token_ids[rows])
+        token_ids[rows] = draw(weights, numbers, draws.limits)
         return token_ids, valid
 
     def _score(self, logits: Tensor, token_ids: Tensor, plan: _Plan) -> list[TokenLogprobs | None]:
