@@ -12,6 +12,7 @@ import pytest
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+os.environ.setdefault("RAY_metrics_report_interval_ms", "500")  # 10 s is long to wait for
 # torch too: tiny tensors gain nothing from threads, and spinning pools cost 2.5 times the CPU.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

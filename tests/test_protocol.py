@@ -258,6 +258,8 @@ def test_fields_that_contradict_each_other_are_refused() -> None:
     assert refusal(streamed.check_stream_options).param == "prompt_logprobs"
     not_streamed = parse_chat(stream_options={"include_usage": True})
     assert refusal(not_streamed.check_stream_options).param == "stream_options"
+    padded = parse_chat(stream=True, stream_options={"include_obfuscation": True})
+    assert refusal(padded.check_stream_options).code == "unsupported"
     both = parse_chat(continue_final_message=True, add_generation_prompt=True)
     assert refusal(lambda: both.opens_answer).param == "add_generation_prompt"
     assert refusal(parse_chat(truncate_prompt_tokens=0).truncate, [1]).status == 400

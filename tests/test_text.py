@@ -250,6 +250,12 @@ def test_eos_and_defaults_come_from_generation_config(checkpoint: Path) -> None:
     assert dict(loaded.sampling_defaults) == {"temperature": 0.6, "top_k": 20}
 
 
+def test_a_checkpoint_may_ask_for_no_sampling(checkpoint: Path) -> None:
+    values = {"do_sample": False, "temperature": 0.6}
+    (checkpoint / "generation_config.json").write_text(json.dumps(values))
+    assert dict(Tokenizer.load(checkpoint).sampling_defaults) == {"temperature": 0.0}
+
+
 def test_eos_is_read_from_config_where_there_is_no_generation_config(checkpoint: Path) -> None:
     (checkpoint / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 7}))
     assert Tokenizer.load(checkpoint).eos_token_ids == (2, 7)

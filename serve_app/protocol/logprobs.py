@@ -95,7 +95,7 @@ class CompletionLogprobsBuilder:
     def __init__(self, tokenizer: "Tokenizer", skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._hidden = tokenizer.special_token_ids if skip_special_tokens else frozenset()
-        self._decode = getincrementaldecoder("utf-8")("replace").decode
+        self._decoder = getincrementaldecoder("utf-8")("replace")
         self._offset = 0
 
     def build(
@@ -109,9 +109,15 @@ class CompletionLogprobsBuilder:
         )
 
     def _advance(self, token_id: int) -> int:
+        """Where the token's text starts; for a part of a character, where the character does."""
+        if token_id in self._hidden:
+            return self._offset
+        pending = self._decoder.getstate()[0]
+        text = self._decoder.decode(self._tokenizer.token_bytes(token_id))
         offset = self._offset
-        if token_id not in self._hidden:
-            self._offset += len(self._decode(self._tokenizer.token_bytes(token_id)))
+        self._offset += len(text)
+        if pending and text.startswith("\ufffd"):
+            return offset + 1  # what was pending is no character, and this token not its end
         return offset
 
     def _name(self, token_id: int) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from engine.sampling_params import SamplingParams
-from serve_app.errors import invalid
+from serve_app.errors import invalid, unsupported
 from serve_app.served_model import ServedModel
 
 MAX_STOP = 16  # strings; each costs time per token, on the loop all streams share
@@ -26,6 +26,7 @@ class Strict(BaseModel):
 class StreamOptions(Strict):
     include_usage: Annotated[bool | None, Field(description="true or false")] = None
     continuous_usage_stats: Annotated[bool | None, Field(description="true or false")] = None
+    include_obfuscation: Annotated[bool | None, Field(description="false")] = None
 
 
 class SamplingFields(Strict):
@@ -104,6 +105,8 @@ class SamplingFields(Strict):
     def check_stream_options(self) -> None:
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options needs stream=true", "stream_options")
+        if self.stream_options is not None and self.stream_options.include_obfuscation:
+            raise unsupported("stream_options.include_obfuscation")
         if self.stream and self.prompt_logprobs is not None:
             raise invalid("prompt_logprobs are not available with stream=true", "prompt_logprobs")
 
