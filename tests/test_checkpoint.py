@@ -139,6 +139,16 @@ def test_index_names_an_absent_file(tmp_path: Path) -> None:
     assert message in refusal(tmp_path)
 
 
+def test_index_decides_between_two_copies(tmp_path: Path) -> None:
+    index = split_model(tmp_path)
+    name = next(n for n, file in index["weight_map"].items() if file == "model-1.safetensors")
+    second = load_file(tmp_path / "model-2.safetensors")
+    shape = load_file(tmp_path / "model-1.safetensors")[name].shape
+    save_file(second | {name: torch.zeros(shape)}, tmp_path / "model-2.safetensors")
+    with Checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.read(name).any()
+
+
 def test_index_misplaces_a_tensor(tmp_path: Path) -> None:
     index = split_model(tmp_path)
     index["weight_map"]["model.extra.weight"] = "model-1.safetensors"

@@ -218,6 +218,7 @@ REFUSED_CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
         "own code is never run",
     ),
     "no architecture": ("llama", {"architectures": ...}, "architectures must be a list"),
+    "unnamed architecture": ("llama", {"architectures": [[]]}, "architectures must be a list"),
     "activation": ("llama", {"hidden_act": "gelu"}, "hidden_act must be one of silu, got 'gelu'"),
     "rope type": (
         "llama",

@@ -44,7 +44,7 @@ def resolve_dtype(requested: str, spec: DecoderSpec, device: str) -> torch.dtype
 
 def _build_spec(config: HFConfig) -> DecoderSpec:
     names = config.values.get("architectures")
-    if not isinstance(names, list) or not names:
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise config.error("architectures", names, "a list naming the model's class")
     if names[0] not in FAMILIES:
         remote = " (the checkpoint's own code is never run)" if "auto_map" in config else ""

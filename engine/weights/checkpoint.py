@@ -48,7 +48,7 @@ class Checkpoint:
         self._stack = ExitStack()
         file_of = _read_index(path)
         for file in sorted(set(file_of.values())) or [SINGLE_FILE]:
-            self._open_file(file)
+            self._open_file(file, file_of)
         for name, file in file_of.items():
             if name not in self.tensors:
                 raise CheckpointError(
@@ -98,12 +98,14 @@ class Checkpoint:
         # A view of the mapping would keep the file's pages, and its mercy, for ever.
         return value.clone()
 
-    def _open_file(self, file: str) -> None:
+    def _open_file(self, file: str, file_of: Mapping[str, str]) -> None:
         path = self.path / file
         if not path.is_file():
             raise CheckpointError(f"{self.path / INDEX_FILE} names {file}, which does not exist")
         try:
             handle = self._stack.enter_context(safe_open(path, framework="pt"))
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error}") from error
         except SafetensorError as error:
             size = path.stat().st_size
             raise CheckpointError(
@@ -111,6 +113,8 @@ class Checkpoint:
             ) from error
         self._handles[file] = handle
         for name in handle.keys():  # noqa: SIM118 - safe_open is not a mapping
+            if file_of.get(name, file) != file:
+                continue  # the index prefers another file's copy
             part = handle.get_slice(name)
             self.tensors[name] = StoredTensor(file, tuple(part.get_shape()), part.get_dtype())
 
