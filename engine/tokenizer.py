@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from engine.chat_template import ChatTemplate, Message
 from engine.errors import CheckpointError, InvalidRequestError
@@ -37,7 +37,7 @@ class Tokenizer:
         if not path.is_dir():
             raise CheckpointError(f"{path} is not a directory; a checkpoint's tokenizer is read")
         try:
-            hf = AutoTokenizer.from_pretrained(
+            hf = _loader(path).from_pretrained(
                 str(path), local_files_only=True, trust_remote_code=False
             )
         except (OSError, ValueError, ImportError) as error:
@@ -114,6 +114,22 @@ class Tokenizer:
         """Pieces are spelt in GPT-2's byte alphabet (and not in SentencePiece's)."""
         decoder = self._backend.decoder
         return decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
+
+
+def _loader(path: Path) -> Any:
+    """The transformers class that reads the files.
+
+    AutoTokenizer picks it from their configuration, but its import takes 2.8 s of CPU time (torch
+    and its compiler), so the plain class is recognised here.
+    """
+    config = path / "tokenizer_config.json"
+    if (path / "tokenizer.json").is_file() and config.is_file():
+        plain = re.search(r'"tokenizer_class":\s*"(\w+)"', config.read_text(encoding="utf-8"))
+        if plain is not None and plain[1] in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+            return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def _byte_alphabet() -> dict[str, int]:
