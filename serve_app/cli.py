@@ -97,7 +97,8 @@ def serve(
             max_num_seqs=max_num_seqs,
             cache_max_entry_count=_number(cache_max_entry_count),
         )
-        address = os.environ.get("RAY_ADDRESS") or None
+        address = os.environ.get("RAY_ADDRESS", "local")
+        address = None if address in ("", "local") else address
         verbose = log_level in ("debug", "info")
         if address is None:
             check_port(plan.host, plan.port)

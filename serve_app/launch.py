@@ -26,8 +26,8 @@ from serve_app.deploy_status import failure, waiting_for
 from serve_app.launch_plan import LaunchPlan
 from serve_app.progress import Progress
 
-POLL_S = 0.1  # asking the proxy whether the model answers
-STATUS_S = 0.5  # asking Serve whether it still may
+POLL_S = 0.1  # asking the proxy, which holds a request for a while until somebody can answer
+STATUS_S = 1.0  # asking Serve whether it still may
 WATCH_S = 2.0  # the same while serving
 DRAIN_S = 3.0  # open streams at a stop; Ray's own processes then take 1.4 s to end
 LOGS = "/tmp/ray/session_latest/logs/serve"
@@ -142,7 +142,7 @@ def _wait(plan: LaunchPlan, url: str, joined: bool, say: Callable[[str], None]) 
 
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5):
+        with urllib.request.urlopen(f"{url}/health", timeout=STATUS_S):
             return True
     except (urllib.error.URLError, ConnectionError, TimeoutError):
         return False

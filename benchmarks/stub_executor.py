@@ -1,0 +1,63 @@
+"""StubExecutor: steps that compute nothing, so that what remains is what Manta itself costs.
+
+Everything around the Executor seam is the real thing. `install` puts it into the processes of
+an engine actor (as Ray's worker_process_setup_hook).
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+from engine.batch import Batch, Sampling
+from engine.config import EngineConfig
+from engine.executor import EngineInfo
+from engine.outputs import StepResult
+
+STEP_MS = "MANTA_STUB_STEP_MS"  # environment variable: how long every step takes
+
+
+class StubExecutor:
+    """Answers any step after `step_s` seconds with token ids that change from step to step."""
+
+    def __init__(self, info: EngineInfo, step_s: float = 0.0) -> None:
+        self.info = info
+        self._step_s = step_s
+        self._num_steps = 0
+
+    def execute(self, batch: Batch, sampling: Sampling) -> StepResult:
+        if self._step_s:
+            time.sleep(self._step_s)
+        self._num_steps += 1
+        # From the middle of the vocabulary: ordinary pieces of words, no special tokens.
+        token_id = self.info.vocab_size // 4 + self._num_steps % (self.info.vocab_size // 4)
+        return StepResult(np.full(batch.num_sampled, token_id, dtype=np.int32))
+
+    def close(self) -> None:
+        pass
+
+
+def stub_info(model: str, num_blocks: int = 65536) -> EngineInfo:
+    """As the executor of this checkpoint would report, with room for any number of sequences."""
+    config = json.loads((Path(model) / "config.json").read_text())
+    return EngineInfo(
+        vocab_size=config["vocab_size"],
+        session_len=config["max_position_embeddings"],
+        num_blocks=num_blocks,
+        block_size=16,
+        dtype="bfloat16",
+        device="cpu",
+        tp=1,
+    )
+
+
+def install() -> None:
+    """In this process, engine actors get a StubExecutor."""
+    from engine import ray_group
+
+    def make(config: EngineConfig, group: object = None) -> StubExecutor:
+        return StubExecutor(stub_info(config.model), float(os.environ[STEP_MS]) / 1000)
+
+    vars(ray_group)["LocalExecutor"] = make
