@@ -10,6 +10,7 @@ Math: out = softmax(scale * q k^T + mask) v, softmax and sums in float32. Query 
 head h // G, G = Hq / Hkv; a query at position p sees the keys p - window < i <= p.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -117,8 +118,8 @@ class _Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Derived:
-    store_rows: dict[int, Tensor]  # by number of heads of a block
-    plans: dict[Planner, _Plan]
+    store_rows: dict[int, Tensor]  # by number of heads in a block
+    plans: dict[int | None, _Plan]  # by window
 
 
 def _store_rows(meta: AttentionMetadata, num_heads: int) -> Tensor:
@@ -132,25 +133,32 @@ def _store_rows(meta: AttentionMetadata, num_heads: int) -> Tensor:
 
 
 def _plan(meta: AttentionMetadata, cache: Tensor, window: int | None) -> _Plan:
-    planner = Planner(
-        block_size=meta.block_size,
-        num_kv_heads=cache.shape[1] // 2,
-        head_dim=cache.shape[3],
-        dtype=cache.dtype,
-        device=meta.device,
-        window=window,
-    )
+    """The caches of all layers have one shape and dtype: a plan differs by window alone."""
     known = meta.derived.plans
-    if planner not in known:
-        decodes, starts = meta.num_decodes, meta.query_start_loc.tolist()
-        groups = planner.decode_groups(
-            meta.context_lens[:decodes], meta.block_tables[:decodes], starts[-1]
+    if window not in known:
+        planner = Planner(
+            block_size=meta.block_size,
+            num_kv_heads=cache.shape[1] // 2,
+            head_dim=cache.shape[3],
+            dtype=cache.dtype,
+            device=meta.device,
+            window=window,
         )
-        tiles: list[PrefillTile] = []
-        for seq in range(decodes, len(meta.context_lens)):
-            num_queries = starts[seq + 1] - starts[seq]
-            tiles += planner.prefill_tiles(
-                starts[seq], num_queries, int(meta.context_lens[seq]), meta.block_tables[seq]
-            )
-        known[planner] = _Plan(list(groups), tiles)
-    return known[planner]
+        known[window] = _Plan(
+            list(planner.decode_groups(*_decode_rows(meta))), list(_prefill_tiles(meta, planner))
+        )
+    return known[window]
+
+
+def _decode_rows(meta: AttentionMetadata) -> tuple[Int32Array, Int32Array, int]:
+    rows = slice(meta.num_decodes)
+    return meta.context_lens[rows], meta.block_tables[rows], int(meta.query_start_loc[-1])
+
+
+def _prefill_tiles(meta: AttentionMetadata, planner: Planner) -> Iterator[PrefillTile]:
+    starts = meta.query_start_loc.tolist()
+    for seq in range(meta.num_decodes, len(meta.context_lens)):
+        num_queries, context_len = starts[seq + 1] - starts[seq], int(meta.context_lens[seq])
+        yield from planner.prefill_tiles(
+            starts[seq], num_queries, context_len, meta.block_tables[seq]
+        )

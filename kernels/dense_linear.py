@@ -40,7 +40,7 @@ def pack_dense(weight: Tensor) -> DenseWeight:
 def dense_linear(x: Tensor, weight: DenseWeight, bias: Tensor | None) -> Tensor:
     """x [M, K] -> [M, N] in x's dtype."""
     if weight.reordered:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.data, bias, "none", [], "")
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight.data, bias, "none", [], "")
         return y
     return F.linear(x, weight.data, bias)
 

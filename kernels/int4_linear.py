@@ -21,21 +21,28 @@ from torch import Tensor
 from kernels.dense_linear import DenseWeight, dense_linear, pack_dense
 from kernels.int8_linear import Int8Weight, has_int8_kernel, int8_linear, pack_int8
 
-# Most rows that go to the 4-bit kernel. All linears of the 350M shape, ms for 24 layers on one
-# thread of a Xeon with AMX:
+# Most rows that go to the 4-bit kernel, which does not use AMX. All linears of the 350M shape, ms
+# for 24 layers on one thread of a Xeon with AMX:
 #   rows    1    2    3    4    5    6    8   12   16   32   64  128
-#   int4   25   26   31   32   48   52   62    -    -    -    -    -
+#   int4   25   26   31   32   48   52   62
 #   bf16   53   51   53   50   51   50   52   52   54   61   72   96
 #   int8   37   33   37   33   33   34   36   37   39   50   69  104
-MAX_INT4_ROWS = 4
+# and one product of 4096 x 4096 on two threads with AVX512 alone, bf16 not yet reordered:
+#   int4 0.23 0.30      0.42           0.84      1.70
+#   bf16 1.54 1.29      1.26           1.44      1.75 2.42 3.52 5.98
+#   int8 0.23 0.28      0.33           0.44      0.65 0.90 1.52 2.87
+MAX_INT4_ROWS_AMX = 4
+MAX_INT4_ROWS_AVX512 = 8
+MAX_INT4_ROWS_INT8 = 4  # where int8 rows are allowed; up to here exact activations cost nothing
 INT4_GROUP_SIZES = (32, 64, 128, 256)  # those of the 4-bit kernel
 INT4_OUTPUT_MULTIPLE = 16  # it needs N in whole tiles
 
 
 @dataclass(frozen=True, slots=True)
 class _FewRows:
-    """The 4-bit kernel's operands."""
+    """The 4-bit kernel's operands, for up to `max_rows` rows."""
 
+    max_rows: int
     packed: Tensor
     scales_zeros: Tensor  # [K/g, N, 2] scale and (8 - zero) * scale
     group_size: int
@@ -71,9 +78,13 @@ def pack_int4(
     assert in_features == group_size * scales.shape[0]
     assert zeros.shape == scales.shape == (scales.shape[0], out_features)
     weight = _dequantize(q, zeros, scales)
-    int8_activations &= device == "cpu" and dtype != torch.float32 and has_int8_kernel()
+    int8_activations &= has_int8_kernel(device, dtype)
+    few_rows = None
+    if device == "cpu" and dtype != torch.float32 and _is_served(group_size, out_features):
+        max_rows = MAX_INT4_ROWS_INT8 if int8_activations else _max_int4_rows()
+        few_rows = _pack_few_rows(q, zeros, scales, dtype, max_rows)
     return Int4Weight(
-        few_rows=_pack_few_rows(q, zeros, scales, group_size, dtype, device),
+        few_rows=few_rows,
         many_rows=pack_int8(weight) if int8_activations else pack_dense(weight.to(device, dtype)),
         shape=(out_features, in_features),
     )
@@ -83,8 +94,8 @@ def int4_linear(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
     """x [M, K] -> [M, N] in x's dtype."""
     assert x.shape[1] == weight.shape[1]
     few = weight.few_rows
-    if few is not None and x.shape[0] <= MAX_INT4_ROWS:
-        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+    if few is not None and x.shape[0] <= few.max_rows:
+        y: Tensor = torch._weight_int4pack_mm_for_cpu(
             x, few.packed, few.group_size, few.scales_zeros
         )
         return y if bias is None else y.add_(bias)
@@ -99,16 +110,22 @@ def _dequantize(q: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
     return groups.sub_(zeros.unsqueeze(1)).mul_(scales.float().unsqueeze(1)).flatten(0, 1).t()
 
 
+def _is_served(group_size: int, out_features: int) -> bool:
+    """Whether the 4-bit kernel takes the shape; else the dequantised values do every row."""
+    return group_size in INT4_GROUP_SIZES and out_features % INT4_OUTPUT_MULTIPLE == 0
+
+
+def _max_int4_rows() -> int:
+    return MAX_INT4_ROWS_AMX if torch.cpu._is_amx_tile_supported() else MAX_INT4_ROWS_AVX512
+
+
 def _pack_few_rows(
-    q: Tensor, zeros: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype, device: str
-) -> _FewRows | None:
-    """None where the 4-bit kernel does not serve: the dequantised values do every row."""
-    served = group_size in INT4_GROUP_SIZES and q.shape[1] % INT4_OUTPUT_MULTIPLE == 0
-    if device != "cpu" or dtype == torch.float32 or not served:
-        return None
+    q: Tensor, zeros: Tensor, scales: Tensor, dtype: torch.dtype, max_rows: int
+) -> _FewRows:
     offsets = (8.0 - zeros.float()) * scales.float()
     return _FewRows(
-        packed=torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.t().int().contiguous(), 1),
+        max_rows=max_rows,
+        packed=torch._convert_weight_to_int4pack_for_cpu(q.t().int().contiguous(), 1),
         scales_zeros=torch.stack((scales.float(), offsets), dim=2).to(dtype),
-        group_size=group_size,
+        group_size=q.shape[0] // scales.shape[0],
     )

@@ -30,9 +30,14 @@ class Int8Weight:
     shape: tuple[int, int]  # (N, K)
 
 
-def has_int8_kernel() -> bool:
-    """Whether this build of torch multiplies int8 through oneDNN (x86 builds do)."""
-    return "onednn" in torch.backends.quantized.supported_engines
+def has_int8_kernel(device: str, dtype: torch.dtype) -> bool:
+    """Whether int8 is worth it and right: a CPU that sums int8 products without saturating (VNNI),
+    oneDNN built in, and rows of 16 bits; float32 is the exact mode.
+    """
+    if device != "cpu" or dtype == torch.float32:
+        return False
+    engines = torch.backends.quantized.supported_engines
+    return "onednn" in engines and torch.cpu._is_vnni_supported()
 
 
 def quantize_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +61,7 @@ def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
     """x [M, K] -> [M, N] in x's dtype."""
     assert x.shape[1] == weight.shape[1]
     values, row_scales = quantize_int8(x.to(torch.float32, copy=True))
-    sums: Tensor = torch.ops.onednn.qlinear_pointwise(
+    sums: Tensor = torch.ops.onednn.qlinear_pointwise.default(
         values, 1.0, 0, weight.packed, weight.scales, weight.zero_points,
         None, 1.0, 0, torch.float32, "none", [], "",
     )  # fmt: skip
