@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from engine.scheduler import ScheduledBatch
 
 Int32Array = NDArray[np.int32]
-PENDING = -1  # an input id the host does not know yet: the worker has it in its request table
+PENDING = -1  # an input id the host does not know yet: the step before samples it
 _HEADER = 6  # num_tokens, num_seqs, num_blocks, num_logits, num_sampled, num_decodes
 
 

@@ -40,29 +40,27 @@ class BlockManager:
             self._ref_counts[block_id] = 1
             seq.block_table.append(block_id)
 
-    def find_prefix(self, seq: Sequence) -> tuple[list[int], bytes]:
-        """Cached blocks that hold the start of `seq`, and the hash of the last one.
+    def find_prefix(self, seq: Sequence) -> list[int]:
+        """Cached blocks that hold the start of `seq`.
 
         At least one token is left uncomputed, since its logits are needed.
         """
         block_ids: list[int] = []
-        parent = self._root(seq)
         if not self.enable_prefix_caching or seq.params.prompt_logprobs is not None:
-            return block_ids, parent
-        for index in range((len(seq.token_ids) - 1) // self.block_size):
-            block_hash = self._hash(parent, seq, index)
-            block_id = self._cached.get(block_hash)
+            return block_ids
+        num_blocks = (len(seq.token_ids) - 1) // self.block_size
+        for index in range(num_blocks):
+            block_id = self._cached.get(self._block_hash(seq, index))
             if block_id is None:
                 break
             block_ids.append(block_id)
-            parent = block_hash
-        return block_ids, parent
+        return block_ids
 
     def count_free(self, block_ids: list[int]) -> int:
         """How many of these cached blocks would leave the free queue when taken."""
         return sum(self._ref_counts[block_id] == 0 for block_id in block_ids)
 
-    def take_prefix(self, seq: Sequence, block_ids: list[int], last_hash: bytes) -> None:
+    def take_prefix(self, seq: Sequence, block_ids: list[int]) -> None:
         """Start the empty table of `seq` with the blocks `find_prefix` found."""
         assert not seq.block_table
         for block_id in block_ids:
@@ -70,21 +68,20 @@ class BlockManager:
                 del self._free[block_id]
             self._ref_counts[block_id] += 1
         seq.block_table.extend(block_ids)
-        seq.num_hashed_blocks = len(block_ids)
-        seq.last_block_hash = last_hash
+        seq.num_cached_blocks = len(block_ids)
 
     def cache_full_blocks(self, seq: Sequence) -> None:
-        """Hash the blocks of `seq` that became full, so that others can share them."""
+        """Let others find the blocks of `seq` that became full."""
         if not self.enable_prefix_caching:
             return
         num_known = min(seq.num_computed_tokens, len(seq.token_ids))
-        for index in range(seq.num_hashed_blocks, num_known // self.block_size):
-            seq.last_block_hash = self._hash(seq.last_block_hash, seq, index)
-            seq.num_hashed_blocks += 1
-            if seq.last_block_hash not in self._cached:
-                block_id = seq.block_table[index]
-                self._hashes[block_id] = seq.last_block_hash
-                self._cached[seq.last_block_hash] = block_id
+        while seq.num_cached_blocks < num_known // self.block_size:
+            block_id = seq.block_table[seq.num_cached_blocks]
+            block_hash = self._block_hash(seq, seq.num_cached_blocks)
+            if block_hash not in self._cached:
+                self._hashes[block_id] = block_hash
+                self._cached[block_hash] = block_id
+            seq.num_cached_blocks += 1
 
     def release(self, seq: Sequence) -> None:
         """Give back every block of `seq`, the last first: a prefix outlives what follows it."""
@@ -95,8 +92,7 @@ class BlockManager:
                 if self._hashes[block_id] is None:
                     self._free.move_to_end(block_id, last=False)
         seq.block_table.clear()
-        seq.num_hashed_blocks = 0
-        seq.last_block_hash = b""
+        seq.num_cached_blocks = 0
 
     def check_integrity(self, tables: list[list[int]]) -> None:
         """Assert the invariants of the module docstring against the tables in use."""
@@ -114,14 +110,22 @@ class BlockManager:
             del self._cached[block_hash]
             self._hashes[block_id] = None
 
-    def _hash(self, parent: bytes, seq: Sequence, index: int) -> bytes:
-        """128 bits over the parent's hash and this block's tokens: no collisions to check."""
-        start = index * self.block_size
-        tokens = array("i", seq.token_ids[start : start + self.block_size])
-        return hashlib.blake2b(parent + tokens.tobytes(), digest_size=16).digest()
+    def _block_hash(self, seq: Sequence, index: int) -> bytes:
+        """128 bits over the previous block's hash and this block's tokens: no collisions to check.
 
-    @staticmethod
-    def _root(seq: Sequence) -> bytes:
-        """What precedes block 0: the tenant's salt, so that salted caches never meet."""
-        salt = seq.request.cache_salt
-        return b"" if salt is None else hashlib.blake2b(salt.encode(), digest_size=16).digest()
+        What precedes block 0 is the tenant's salt, so that salted caches never meet.
+        """
+        while index >= len(seq.block_hashes):
+            parent = seq.block_hashes[-1] if seq.block_hashes else _root(seq.request.cache_salt)
+            start = len(seq.block_hashes) * self.block_size
+            tokens = array("i", seq.token_ids[start : start + self.block_size])
+            seq.block_hashes.append(_digest(parent + tokens.tobytes()))
+        return seq.block_hashes[index]
+
+
+def _root(salt: str | None) -> bytes:
+    return b"" if salt is None else _digest(salt.encode())
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()

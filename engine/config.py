@@ -43,7 +43,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     int8_activations: bool = False  # CPU: quantise rows to int8 per token; faster, not exact
     num_threads: int | None = None  # CPU threads of each rank; None: cores / tp
-    seed: int = 0  # draws of requests without a seed of their own
+    seed: int | None = None  # draws of requests without a seed; None: different at every start
     step_timeout_s: int = 120  # a step that takes longer counts as hung
 
     def __post_init__(self) -> None:

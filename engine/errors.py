@@ -36,7 +36,7 @@ class InvalidRequestError(MantaError, ValueError):
 
 
 class LogitsError(MantaError):
-    """A sequence's logits are NaN or infinite, or its own bans left no token."""
+    """A sequence's logits are NaN or infinite."""
 
 
 class QueueFullError(MantaError):

@@ -8,14 +8,13 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.chat_template import Message
+from engine.completion import CompletionStream, sequence_requests
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError
 from engine.local_executor import LocalExecutor
 from engine.outputs import FinishReason, SequenceOutput, TokenLogprobs
 from engine.sampling_params import SamplingParams
-from engine.sequence import EngineRequest
-from engine.text import TextStream
 from engine.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -25,8 +24,8 @@ Prompt = str | Sequence[int]
 class CompletionOutput:
     """One generated sequence.
 
-    `stop_reason` is the stop string or token id that ended it, or what went wrong when
-    `finish_reason` is "error"; other sequences go on.
+    `stop_reason` is the stop string, or the entry of stop_token_ids, that ended it; when
+    `finish_reason` is "error", what went wrong. Other sequences go on.
     """
 
     index: int
@@ -133,19 +132,22 @@ class LLM:
 
     def _run(self, requests: "list[_Request]", every_step: bool = False) -> Iterator[int]:
         """Step until all is done; yields how many requests finished, when any did."""
-        sequences = {id_: (r, i) for r in requests for i, id_ in enumerate(r.request_ids)}
+        sequences = {
+            each.request_id: (request, index)
+            for request in requests
+            for index, each in enumerate(request.engine_requests)
+        }
         try:
             for request in requests:
-                for engine_request in request.engine_requests():
+                for engine_request in request.engine_requests:
                     self._engine.add(engine_request)
             while self._engine.has_work:
                 num_finished = 0
                 for output in self._engine.step():
                     request, index = sequences[output.request_id]
-                    if request.absorb(index, output):
-                        self._engine.abort(output.request_id)  # a stop string ended it
-                    if output.finish_reason is not None or request.finished(index):
-                        num_finished += request.all_finished()
+                    if request.absorb(index, output).finish_reason is not None:
+                        self._engine.abort(output.request_id)  # a stop string may have ended it
+                        num_finished += request.finished
                 if num_finished or every_step:
                     yield num_finished
         finally:
@@ -154,7 +156,7 @@ class LLM:
 
 
 class _Request:
-    """A prompt on its way: n sequences, their text streams, the output they fill."""
+    """A prompt on its way: n sequences, their text, the output they fill."""
 
     def __init__(
         self, tokenizer: Tokenizer, prompt: Prompt, params: SamplingParams, ids: Iterator[str]
@@ -164,46 +166,28 @@ class _Request:
         self.output = RequestOutput(
             text, token_ids, [CompletionOutput(index) for index in range(params.n)]
         )
-        self.request_ids = [next(ids) for _ in range(params.n)]
-        self._params = params
-        self._eos_token_ids = tokenizer.eos_token_ids
-        self._streams = [TextStream(tokenizer, params, token_ids) for _ in range(params.n)]
-
-    def engine_requests(self) -> Iterator[EngineRequest]:
-        for index, request_id in enumerate(self.request_ids):
-            seed = self._params.seed
-            yield EngineRequest(
-                request_id=request_id,
-                prompt_token_ids=self.output.prompt_token_ids,
-                params=self._params if seed is None else replace(self._params, seed=seed + index),
-                eos_token_ids=self._eos_token_ids,
-            )
-
-    def absorb(self, index: int, output: SequenceOutput) -> bool:
-        """Add what the engine reported; True when a stop string has just ended the sequence."""
-        completion = self.output.outputs[index]
-        delta = self._streams[index].push(
-            output.token_ids,
-            finished=output.finish_reason is not None,
-            stop_token_id=output.stop_token_id,
+        self.engine_requests = sequence_requests(
+            [next(ids) for _ in range(params.n)], token_ids, params, tokenizer.eos_token_ids
         )
+        self._streams = [CompletionStream(tokenizer, request) for request in self.engine_requests]
+
+    def absorb(self, index: int, output: SequenceOutput) -> CompletionOutput:
+        """Add what the engine reported to completion `index`."""
+        completion = self.output.outputs[index]
+        delta = self._streams[index].push(output)
         completion.text += delta.text
-        completion.token_ids += output.token_ids[: delta.num_tokens]
-        if output.logprobs is not None:
-            completion.logprobs = (completion.logprobs or []) + output.logprobs[: delta.num_tokens]
-        completion.finish_reason = output.finish_reason
-        completion.stop_reason = output.stop_token_id
+        completion.token_ids += delta.token_ids
+        if delta.logprobs is not None:
+            completion.logprobs = completion.logprobs or []
+            completion.logprobs += delta.logprobs
+        completion.finish_reason = delta.finish_reason
+        completion.stop_reason = str(output.error) if output.error else delta.stop_reason
         if output.prompt_logprobs is not None:
             self.output.prompt_logprobs = output.prompt_logprobs
-        self.output.num_cached_tokens = max(self.output.num_cached_tokens, output.num_cached_tokens)
-        if output.error is not None:
-            completion.stop_reason = str(output.error)
-        if delta.stop is not None:
-            completion.finish_reason, completion.stop_reason = "stop", delta.stop
-        return delta.stop is not None
+        if index == 0:
+            self.output.num_cached_tokens += output.num_cached_tokens  # in its first report only
+        return completion
 
-    def finished(self, index: int) -> bool:
-        return self.output.outputs[index].finish_reason is not None
-
-    def all_finished(self) -> bool:
-        return all(self.finished(index) for index in range(len(self.request_ids)))
+    @property
+    def finished(self) -> bool:
+        return all(completion.finish_reason for completion in self.output.outputs)

@@ -6,6 +6,8 @@ and keeps one parked call on every rank, which fails the moment that rank dies.
 """
 
 import asyncio
+import logging
+import os
 import socket
 import threading
 from typing import Any, TypeAlias
@@ -26,6 +28,8 @@ from engine.outputs import EngineStats, SequenceOutput
 from engine.parallel import ParallelGroup
 from engine.sequence import EngineRequest
 from engine.worker import Worker, resolve_device
+
+logger = logging.getLogger(__name__)
 
 Actor: TypeAlias = "ActorHandle[EngineActor]"
 
@@ -80,7 +84,7 @@ class EngineActor:
         group = ParallelGroup.join(self._rank, config.tp, address, device)
         if self._rank > 0:
             worker = Worker(config, group)
-            threading.Thread(target=follow, args=(worker, group), daemon=True).start()
+            threading.Thread(target=_follow, args=(worker, group), daemon=True).start()
             return None
         engine = Engine(config, LocalExecutor(config, group))
         self._batcher = RequestBatcher(
@@ -203,6 +207,15 @@ def _cause(error: RayTaskError | RayActorError) -> Exception:
 def _kill(actors: list[Actor]) -> None:
     for actor in actors:
         ray.kill(actor)
+
+
+def _follow(worker: Worker, group: ParallelGroup) -> None:
+    """Compute what rank 0 sends; a fault ends the process, which the owner's parked call sees."""
+    try:
+        follow(worker, group)
+    except Exception:
+        logger.exception("rank %d failed", group.rank)
+        os._exit(1)
 
 
 def _notify(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:

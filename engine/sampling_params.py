@@ -10,6 +10,7 @@ from typing import Any
 
 from engine.errors import InvalidRequestError
 
+MAX_BAD_WORD_TOKENS = 64  # all words of a request are padded to the longest
 MAX_LOGPROBS = 20  # OpenAI's bound on top_logprobs
 
 
@@ -64,6 +65,11 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def forbids_tokens(self) -> bool:
+        """Whether the request itself may leave no token to draw."""
+        return bool(self.allowed_token_ids or self.bad_words or self.logit_bias or self.min_tokens)
 
     def validate_vocab(self, vocab_size: int) -> None:
         """Raise InvalidRequestError when a token id lies outside [0, vocab_size)."""
@@ -142,8 +148,11 @@ def _check_tokens(params: SamplingParams) -> None:
         )
     for word in params.bad_words:
         _check_token_ids("bad_words", word)
-        if len(word) == 0:
-            raise InvalidRequestError("bad_words holds an empty entry", "bad_words")
+        if not 0 < len(word) <= MAX_BAD_WORD_TOKENS:
+            raise InvalidRequestError(
+                f"each of bad_words must have 1 to {MAX_BAD_WORD_TOKENS} tokens, got {len(word)}",
+                "bad_words",
+            )
 
 
 def _check_token_ids(name: str, token_ids: Sequence[int]) -> None:

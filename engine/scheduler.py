@@ -9,6 +9,7 @@ same subtraction (`num_uncomputed_tokens`). Sole owner of every Sequence; knows 
 not known here yet are counted as `num_pending_tokens`.
 """
 
+import secrets
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import numpy as np
 
 from engine.batch import Int32Array
 from engine.block_manager import BlockManager
-from engine.errors import InvalidRequestError, LogitsError
+from engine.errors import InvalidRequestError, LogitsError, MantaError
 from engine.outputs import EngineStats, SequenceOutput, StepResult, TokenLogprobs
 from engine.sequence import EngineRequest, Sequence, Status
 
@@ -57,7 +58,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         session_len: int,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         self.block_manager = block_manager
         self.max_num_seqs = max_num_seqs
@@ -71,7 +72,7 @@ class Scheduler:
         # Row r mirrors the block table of the running sequence in row r, as arrays for Batch.
         max_blocks = -(-session_len // block_manager.block_size)
         self.block_tables: Int32Array = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
-        self._seed = seed
+        self._seed = secrets.randbits(63) if seed is None else seed
         self._num_requests = 0
         self._counters = dict.fromkeys(_COUNTERS, 0)
 
@@ -204,7 +205,7 @@ class Scheduler:
             seq = self.waiting[0]
             if seq.num_pending_tokens:  # preempted with its last token still on the device
                 break
-            block_ids, last_hash = self.block_manager.find_prefix(seq)
+            block_ids = self.block_manager.find_prefix(seq)
             num_cached = len(block_ids) * self.block_manager.block_size
             num_new = min(seq.num_tokens - num_cached, budget)
             missing = -(-(num_cached + num_new) // self.block_manager.block_size) - len(block_ids)
@@ -213,7 +214,7 @@ class Scheduler:
                 break
             self.waiting.popleft()
             self.num_waiting_tokens -= seq.num_tokens
-            self._admit(seq, block_ids, last_hash)
+            self._admit(seq, block_ids)
             self._extend(seq, missing)
             batch.append(seq, num_new)
             batch.new_rows.append(seq)
@@ -224,11 +225,11 @@ class Scheduler:
         """Free blocks kept for what runs already, so that admission does not cause preemption."""
         return min(len(self.running), self.block_manager.num_blocks // 16)
 
-    def _admit(self, seq: Sequence, block_ids: list[int], last_hash: bytes) -> None:
+    def _admit(self, seq: Sequence, block_ids: list[int]) -> None:
         seq.row = self._free_rows.pop()
         seq.status = Status.RUNNING
         self.running.append(seq)
-        self.block_manager.take_prefix(seq, block_ids, last_hash)
+        self.block_manager.take_prefix(seq, block_ids)
         self.block_tables[seq.row, : len(block_ids)] = block_ids
         seq.num_computed_tokens = len(block_ids) * self.block_manager.block_size
         self._counters["prefix_cache_queries"] += seq.num_tokens
@@ -313,10 +314,12 @@ class Scheduler:
 
 
 def _no_token(seq: Sequence) -> SequenceOutput:
-    error = LogitsError(
-        "no token can be drawn for this request: its logits are NaN or infinite, or "
-        "allowed_token_ids, bad_words, logit_bias and min_tokens together forbid every token"
-    )
+    error: MantaError = LogitsError("the model gave NaN or infinite logits for this request")
+    if seq.params.forbids_tokens:
+        error = InvalidRequestError(
+            "allowed_token_ids, bad_words, logit_bias and min_tokens together forbid every token",
+            "allowed_token_ids",
+        )
     return SequenceOutput(seq.request_id, finish_reason="error", error=error)
 
 

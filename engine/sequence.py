@@ -24,6 +24,7 @@ class EngineRequest:
     prompt_token_ids: list[int]
     params: SamplingParams
     eos_token_ids: tuple[int, ...] = ()
+    seed: int | None = None  # in place of params.seed: where n completions of a prompt differ
     output_token_ids: list[int] = field(default_factory=list)
     cache_salt: str | None = None
     arrival_time: float = field(default_factory=time.time)
@@ -57,15 +58,16 @@ class Sequence:
     num_pending_tokens: int = 0  # sampled on the device, value not yet known here (0 or 1)
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
     num_preemptions: int = 0
-    num_hashed_blocks: int = 0
-    last_block_hash: bytes = b""
+    block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, kept for good
+    num_cached_blocks: int = 0  # leading blocks of the table that others can find
     first_scheduled_time: float | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of tokens 1, 2, …
 
     @classmethod
     def from_request(cls, request: EngineRequest, session_len: int, seed: int) -> "Sequence":
-        """`seed` is used when the request names none."""
+        """`seed` is used when neither the request nor its params have one."""
         params = request.params
+        asked = params.seed if request.seed is None else request.seed
         num_prompt_tokens = len(request.prompt_token_ids)
         room = session_len - num_prompt_tokens
         eos = () if params.ignore_eos else request.eos_token_ids
@@ -73,7 +75,7 @@ class Sequence:
             request=request,
             token_ids=[*request.prompt_token_ids, *request.output_token_ids],
             num_prompt_tokens=num_prompt_tokens,
-            seed=seed if params.seed is None else params.seed,
+            seed=seed if asked is None else asked,
             max_output_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             stop_token_ids=frozenset(eos) | frozenset(params.stop_token_ids),
         )

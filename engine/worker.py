@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from engine.batch import Batch, PromptScore, Sampling
+from engine.batch import PENDING, Batch, PromptScore, Sampling
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.kv_cache import KVCache, bytes_per_block
@@ -43,6 +43,12 @@ class Worker:
         )
         self.num_blocks = group.min(self._count_blocks(config, limit))
         self.session_len = min(limit, self.num_blocks * self.block_size)
+        if config.session_len is not None and self.session_len < limit:
+            raise ConfigError(
+                f"session_len {limit} does not fit the KV cache, which holds {self.session_len} "
+                "tokens; lower session_len, or raise cache_max_entry_count (on a CPU also "
+                "max_cpu_cache_bytes)"
+            )
         self._kv_cache = KVCache.allocate(
             self.spec, self.num_blocks, self.block_size, self.dtype, self.device, group.size
         )
@@ -53,6 +59,7 @@ class Worker:
     @torch.inference_mode()
     def execute(self, batch: Batch, sampling: Sampling | None) -> StepResult | None:
         """Run one step; the result exists on rank 0, which alone is given `sampling`."""
+        assert batch.input_ids.min() != PENDING, "this worker is not driven ahead"
         meta = AttentionMetadata.build(
             batch.query_start_loc,
             batch.context_lens,

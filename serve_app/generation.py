@@ -6,15 +6,14 @@ whichever way the request ends. Knows no protocol: chats and completions differ 
 """
 
 import logging
-import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
+from engine.completion import CompletionStream, sequence_requests
 from engine.outputs import SequenceOutput, TokenLogprobs
 from engine.sampling_params import SamplingParams
 from engine.sequence import EngineRequest
-from engine.text import TextStream
 from serve_app.metrics import SequenceTimer
 from serve_app.served_model import ServedModel
 
@@ -78,7 +77,17 @@ class Generation:
         self.num_choices = len(prompts) * params.n
         self._user = user
         self._model = model
-        self._requests = _sequences(model, prompts, params, request_id, cache_salt)
+        self._requests = [
+            request
+            for index, prompt in enumerate(prompts)
+            for request in sequence_requests(
+                [f"{request_id}-{index * params.n + i}" for i in range(params.n)],
+                prompt,
+                params,
+                model.tokenizer.eos_token_ids,
+                cache_salt,
+            )
+        ]
         self._choices = [_Choice(model, request) for request in self._requests]
         self._num_open = self.num_choices
 
@@ -156,38 +165,25 @@ class _Choice:
         self.num_tokens = 0
         self.num_cached_tokens = 0
         self.ended: Literal["", "stop", "length", "abort", "error"] = ""
-        self._text = TextStream(model.tokenizer, request.params, request.prompt_token_ids)
-        self._own_stops = frozenset(request.params.stop_token_ids)
+        self._stream = CompletionStream(model.tokenizer, request)
         self._timer = SequenceTimer(model.metrics, len(request.prompt_token_ids))
 
     def advance(self, index: int, output: SequenceOutput) -> Delta:
         self._timer.on_output(output.queue_time)
         self.num_cached_tokens += output.num_cached_tokens  # not zero in the first output only
-        added = self._text.push(
-            output.token_ids,
-            finished=output.finish_reason is not None,
-            stop_token_id=output.stop_token_id,
-        )
-        self.num_tokens += added.num_tokens
-        finish_reason: FinishReason | None = None
-        stop_reason: str | int | None = added.stop
-        if added.stop is not None:
-            finish_reason = "stop"
-        elif output.finish_reason is not None:
-            finish_reason = "length" if output.finish_reason == "length" else "stop"
-            if output.stop_token_id in self._own_stops:
-                stop_reason = output.stop_token_id
+        added = self._stream.push(output)
+        self.num_tokens += len(added.token_ids)
+        finish_reason = None if added.finish_reason is None else _public(added.finish_reason)
         if finish_reason is not None:
             self.end(finish_reason)
-        logprobs = output.logprobs
         return Delta(
             index,
             added.text,
-            output.token_ids[: added.num_tokens],
-            None if logprobs is None else logprobs[: added.num_tokens],
+            added.token_ids,
+            added.logprobs,
             output.prompt_logprobs,
             finish_reason,
-            stop_reason,
+            added.stop_reason,
         )
 
     def end(self, reason: Literal["stop", "length", "abort", "error"]) -> None:
@@ -197,31 +193,6 @@ class _Choice:
             self._timer.on_end(self.num_tokens, reason)
 
 
-def _sequences(
-    model: ServedModel,
-    prompts: Sequence[list[int]],
-    params: SamplingParams,
-    request_id: str,
-    cache_salt: str | None,
-) -> list[EngineRequest]:
-    """n sequences per prompt. Sequence i of a prompt draws with seed + i, so they differ.
-
-    A request without a seed gets one here, so that a sequence can be resumed with equal draws.
-    """
-    seed = secrets.randbits(63) if params.seed is None else params.seed
-    children = [replace(params, n=1, seed=_wrap_int64(seed + i)) for i in range(params.n)]
-    return [
-        EngineRequest(
-            request_id=f"{request_id}-{index * params.n + i}",
-            prompt_token_ids=prompt,
-            params=child,
-            eos_token_ids=model.tokenizer.eos_token_ids,
-            cache_salt=cache_salt,
-        )
-        for index, prompt in enumerate(prompts)
-        for i, child in enumerate(children)
-    ]
-
-
-def _wrap_int64(value: int) -> int:
-    return (value + 2**63) % 2**64 - 2**63
+def _public(reason: str) -> FinishReason:
+    """Errors and aborts never get here: they end the request, not a choice."""
+    return "length" if reason == "length" else "stop"
