@@ -97,8 +97,8 @@ def serve(
             max_num_seqs=max_num_seqs,
             cache_max_entry_count=_number(cache_max_entry_count),
         )
-        address = os.environ.get("RAY_ADDRESS", "local")
-        address = None if address in ("", "local") else address
+        named = os.environ.get("RAY_ADDRESS")
+        address = None if named in (None, "", "local") else named
         verbose = log_level in ("debug", "info")
         if address is None:
             check_port(plan.host, plan.port)

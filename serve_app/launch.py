@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import ray
+from pydantic import ValidationError
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.context import _get_global_client
@@ -44,6 +45,7 @@ def run(
 
     `started` is the time.monotonic() from which the seconds until ready are counted.
     """
+    schema = _schema(plan)
     ready = False
     try:
         with Progress("starting Ray") as progress:
@@ -51,7 +53,7 @@ def run(
             _start_ray(plan, address, dashboard, verbose)
             _handle_signals()  # ray.init puts its own handler of SIGTERM
             progress.say("starting Ray Serve")
-            _deploy(plan, address)
+            _deploy(schema, plan, address)
             progress.say("loading the model")
             url = _url(plan, address)
             _wait(plan, url, address is not None, progress.say)
@@ -84,6 +86,15 @@ def _ignore_signals() -> None:
         signal.signal(signum, signal.SIG_IGN)
 
 
+def _schema(plan: LaunchPlan) -> ServeDeploySchema:
+    try:
+        return ServeDeploySchema.model_validate(plan.serve_config)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        where = ".".join(map(str, wrong["loc"]))
+        raise ConfigError(f"serve_config.yaml: {where}: {wrong['msg']}") from error
+
+
 def _start_ray(plan: LaunchPlan, address: str | None, dashboard: bool, verbose: bool) -> None:
     """Join the cluster at `address`, or start one of our own: never the machine's default one."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -112,8 +123,7 @@ def _start_ray(plan: LaunchPlan, address: str | None, dashboard: bool, verbose: 
         )
 
 
-def _deploy(plan: LaunchPlan, address: str | None) -> None:
-    schema = ServeDeploySchema.model_validate(plan.serve_config)
+def _deploy(schema: ServeDeploySchema, plan: LaunchPlan, address: str | None) -> None:
     serve.start(proxy_location=schema.proxy_location, http_options=schema.http_options.model_dump())
     if address is not None and (others := set(serve.status().applications) - {plan.app_name}):
         raise LaunchError(

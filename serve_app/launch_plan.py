@@ -60,19 +60,10 @@ def make_plan(
     app = config["applications"][0]
     args = app.setdefault("args", {})
     http = config.setdefault("http_options", {})
-    if model is not None:
-        engine["model"] = model
-    if engine_config is not None:
-        settings = EngineConfig.from_yaml(engine_config, **engine)
-    elif model is not None:
-        settings = EngineConfig.from_dict({k: v for k, v in engine.items() if v is not None})
-    else:
-        settings = _engine_of(args, path, engine)
-    settings = _checked_model(settings, path.parent)
-    if model is not None or engine_config is not None:
-        args["model_name"] = model_name or Path(settings.model).name
-    elif model_name is not None:
-        args["model_name"] = model_name
+    overrides = {key: value for key, value in engine.items() if value is not None}
+    settings = _engine_settings(args, path, model, engine_config, overrides)
+    own_name = None if model or engine_config else args.get("model_name")
+    args["model_name"] = model_name or own_name or Path(settings.model).name
     args["engine"] = settings.to_dict()
     http["host"] = host or http.get("host", "127.0.0.1")
     http["port"] = http.get("port", 8000) if port is None else port
@@ -87,7 +78,7 @@ def make_plan(
     return LaunchPlan(
         serve_config=config,
         engine=settings,
-        model_name=str(args.get("model_name", "demo")),
+        model_name=args["model_name"],
         num_replicas=_num_replicas(app),
         host=http["host"],
         port=http["port"],
@@ -122,15 +113,30 @@ def _read_serve_config(path: Path) -> dict[str, Any]:
     return copy.deepcopy(config)
 
 
-def _engine_of(args: dict[str, Any], path: Path, overrides: dict[str, Any]) -> EngineConfig:
-    """The engine settings serve_config.yaml names, as a file or in place."""
-    engine = args.get("engine")
-    if isinstance(engine, str):
-        return EngineConfig.from_yaml(_resolve(engine, path.parent), **overrides)
-    if isinstance(engine, dict):
-        values = engine | {key: value for key, value in overrides.items() if value is not None}
-        return EngineConfig.from_dict(values, str(path))
-    raise ConfigError(f"{path}: args.engine must be a path or a mapping, got {engine!r}")
+def _engine_settings(
+    args: dict[str, Any],
+    path: Path,
+    model: str | None,
+    engine_config: Path | None,
+    overrides: dict[str, Any],
+) -> EngineConfig:
+    """Of the given engine config, or the given model alone, or what serve_config.yaml names."""
+    base = PACKAGE.parent if path.parent == PACKAGE else path.parent
+    if model is not None:
+        overrides = overrides | {"model": model}
+    if engine_config is not None:
+        settings = EngineConfig.from_yaml(engine_config, **overrides)
+    elif model is not None:
+        settings = EngineConfig.from_dict(overrides)
+    elif isinstance(args.get("engine"), str):
+        settings = EngineConfig.from_yaml(_resolve(args["engine"], base), **overrides)
+    elif isinstance(args.get("engine"), dict):
+        settings = EngineConfig.from_dict(args["engine"] | overrides, str(path))
+    else:
+        raise ConfigError(
+            f"{path}: args.engine must be a path or a mapping, got {args.get('engine')!r}"
+        )
+    return _checked_model(settings, base)
 
 
 def _checked_model(settings: EngineConfig, base: Path) -> EngineConfig:
@@ -162,7 +168,8 @@ def _deployment(app: dict[str, Any]) -> dict[str, Any]:
 
 
 def _num_replicas(app: dict[str, Any]) -> int:
+    """How many start at once; with "auto" or none given, Serve starts one."""
     for each in app.get("deployments", []):
-        if each.get("name") == DEPLOYMENT:
-            return int(each.get("num_replicas", 1))
+        if each.get("name") == DEPLOYMENT and isinstance(each.get("num_replicas"), int):
+            return int(each["num_replicas"])
     return 1
