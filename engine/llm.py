@@ -11,7 +11,7 @@ from engine.chat_template import Message
 from engine.completion import CompletionStream, sequence_requests
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.errors import ConfigError
+from engine.errors import ConfigError, InvalidRequestError
 from engine.local_executor import LocalExecutor
 from engine.outputs import FinishReason, SequenceOutput, TokenLogprobs
 from engine.sampling_params import SamplingParams
@@ -78,6 +78,13 @@ class LLM:
         InvalidRequestError names a prompt or parameter that cannot be served; then nothing runs.
         """
         items: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts
+        for index, item in enumerate(items):
+            if not isinstance(item, str) and not isinstance(item, Sequence):
+                raise InvalidRequestError(
+                    f"prompts must be a string, a list of strings or a list of token id lists; "
+                    f"prompts[{index}] is {item!r}",
+                    "prompts",
+                )
         requests = [
             _Request(self.tokenizer, prompt, each, self._ids)
             for prompt, each in zip(items, self._params(params, len(items)), strict=True)
@@ -96,6 +103,8 @@ class LLM:
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several: a list of messages, or a list of such lists."""
+        if not messages:
+            raise InvalidRequestError("messages is empty; a chat needs at least one", "messages")
         chats: Any = [messages] if isinstance(messages[0], Mapping) else messages
         prompts = [
             self.tokenizer.render_chat(chat, chat_template_kwargs=chat_template_kwargs)
@@ -128,7 +137,15 @@ class LLM:
         if params is None:
             defaults: Any = self.tokenizer.sampling_defaults
             params = SamplingParams(**defaults)
-        return [params] * count if isinstance(params, SamplingParams) else params
+        if isinstance(params, SamplingParams):
+            return [params] * count
+        if len(params) != count:
+            raise InvalidRequestError(
+                f"params must be one SamplingParams or one per prompt: {len(params)} for {count} "
+                "prompts",
+                "params",
+            )
+        return params
 
     def _run(self, requests: "list[_Request]", every_step: bool = False) -> Iterator[int]:
         """Step until all is done; yields how many requests finished, when any did."""

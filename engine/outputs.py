@@ -42,7 +42,8 @@ class SequenceOutput:
         """Append what the same sequence produced after this."""
         self.token_ids += later.token_ids
         if later.logprobs is not None:
-            self.logprobs = (self.logprobs or []) + later.logprobs
+            self.logprobs = self.logprobs or []
+            self.logprobs += later.logprobs
         self.prompt_logprobs = self.prompt_logprobs or later.prompt_logprobs
         self.finish_reason = later.finish_reason
         self.stop_token_id = later.stop_token_id

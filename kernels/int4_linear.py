@@ -77,12 +77,16 @@ def pack_int4(
     group_size = in_features // scales.shape[0]
     assert in_features == group_size * scales.shape[0]
     assert zeros.shape == scales.shape == (scales.shape[0], out_features)
-    weight = _dequantize(q, zeros, scales)
+    offsets = (8.0 - zeros.float()) * scales.float()
+    # Both forms multiply by the same numbers, so that how many rows share a step changes the
+    # order of summation and nothing else.
+    scales, offsets = scales.to(dtype), offsets.to(dtype)
+    weight = _dequantize(q, scales, offsets)
     int8_activations &= has_int8_kernel(device, dtype)
     few_rows = None
     if device == "cpu" and dtype != torch.float32 and _is_served(group_size, out_features):
         max_rows = MAX_INT4_ROWS_INT8 if int8_activations else _max_int4_rows()
-        few_rows = _pack_few_rows(q, zeros, scales, dtype, max_rows)
+        few_rows = _pack_few_rows(q, scales, offsets, max_rows)
     return Int4Weight(
         few_rows=few_rows,
         many_rows=pack_int8(weight) if int8_activations else pack_dense(weight.to(device, dtype)),
@@ -104,10 +108,11 @@ def int4_linear(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
     return dense_linear(x, weight.many_rows, bias)
 
 
-def _dequantize(q: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
+def _dequantize(q: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
     """-> float32 [N, K]."""
-    groups = q.view(scales.shape[0], -1, q.shape[1]).float()
-    return groups.sub_(zeros.unsqueeze(1)).mul_(scales.float().unsqueeze(1)).flatten(0, 1).t()
+    groups = q.view(scales.shape[0], -1, q.shape[1]).float().sub_(8.0)
+    groups.mul_(scales.float().unsqueeze(1)).add_(offsets.float().unsqueeze(1))
+    return groups.flatten(0, 1).t()
 
 
 def _is_served(group_size: int, out_features: int) -> bool:
@@ -119,13 +124,10 @@ def _max_int4_rows() -> int:
     return MAX_INT4_ROWS_AMX if torch.cpu._is_amx_tile_supported() else MAX_INT4_ROWS_AVX512
 
 
-def _pack_few_rows(
-    q: Tensor, zeros: Tensor, scales: Tensor, dtype: torch.dtype, max_rows: int
-) -> _FewRows:
-    offsets = (8.0 - zeros.float()) * scales.float()
+def _pack_few_rows(q: Tensor, scales: Tensor, offsets: Tensor, max_rows: int) -> _FewRows:
     return _FewRows(
         max_rows=max_rows,
         packed=torch._convert_weight_to_int4pack_for_cpu(q.t().int().contiguous(), 1),
-        scales_zeros=torch.stack((scales.float(), offsets), dim=2).to(dtype),
+        scales_zeros=torch.stack((scales, offsets), dim=2),
         group_size=q.shape[0] // scales.shape[0],
     )

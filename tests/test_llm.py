@@ -122,6 +122,12 @@ def test_faults_are_named_and_leave_nothing_running(llm: LLM, tmp_path: Path) ->
     assert not llm._engine.has_work
     with pytest.raises(InvalidRequestError, match="empty"):
         llm.generate([[]], GREEDY, use_tqdm=False)
+    with pytest.raises(InvalidRequestError, match=r"prompts\[0\] is 1"):
+        llm.generate([1, 2], GREEDY, use_tqdm=False)  # type: ignore[list-item]
+    with pytest.raises(InvalidRequestError, match="1 for 2 prompts"):
+        llm.generate([[1], [2]], [GREEDY], use_tqdm=False)
+    with pytest.raises(InvalidRequestError, match="messages is empty"):
+        llm.chat([], GREEDY)
     with pytest.raises(ConfigError, match="tp=2"):
         LLM(str(tmp_path), tp=2)
     with pytest.raises(ConfigError, match="did you mean 'max_num_seqs'"):
