@@ -123,7 +123,7 @@ def test_faults_are_named_and_leave_nothing_running(llm: LLM, tmp_path: Path) ->
     with pytest.raises(InvalidRequestError, match="empty"):
         llm.generate([[]], GREEDY, use_tqdm=False)
     with pytest.raises(InvalidRequestError, match=r"prompts\[0\] is 1"):
-        llm.generate([1, 2], GREEDY, use_tqdm=False)  # type: ignore[list-item]
+        llm.generate([1, 2], GREEDY, use_tqdm=False)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequestError, match="1 for 2 prompts"):
         llm.generate([[1], [2]], [GREEDY], use_tqdm=False)
     with pytest.raises(InvalidRequestError, match="messages is empty"):
