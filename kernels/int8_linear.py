@@ -1,10 +1,12 @@
 """W8A8 linear: int8 weights with one scale per output, int8 rows with one scale per row.
 
     weight[n, k] ~ qweight[n, k] * weight_scale[n],   weight_scale[n] = max_k |weight[n, k]| / 127
-    x[m, k]      ~ qx[m, k] * row_scale[m],           row_scale[m]    = max_k |x[m, k]| / 127
+    x[m, k]      ~ qx[m, k] * row_scale[m],           row_scale[m]    = max_k |x[m, k]| / 126
     y[m, n] = (sum_k qx[m, k] * qweight[n, k]) * weight_scale[n] * row_scale[m] + bias[n]
 
-The sum is exact in int32 (VNNI or AMX through oneDNN). Rows are quantised when they arrive, each
+The sum is exact in int32 (VNNI or AMX through oneDNN). For bf16 x, row_scale is rounded to bf16
+before it divides x, so that multiplying by it in bf16 is right; 126 keeps that rounding from
+carrying a value past 127. Rows are quantised when they arrive, each
 by itself: what else is in the batch changes nothing. Rounding costs a relative error of about
 1.1 % of y for normally distributed x and weight (0.8 % each), more where one value of a row or of
 an output's weights is far larger than the rest. The packed weight is opaque and belongs to
@@ -16,8 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MAX_INT8 = 127
+MAX_WEIGHT = 127
+MAX_ROW = 126
 SMALLEST_SCALE = 1e-30  # keeps a row or an output of zeros from dividing by zero
+# Rows quantised, multiplied and scaled at once, so that they stay in the L2 cache between the
+# elementwise passes: 1024 rows through the 350M layers take 0.88 of the time of one block.
+ROW_BLOCK = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +46,14 @@ def has_int8_kernel(device: str, dtype: torch.dtype) -> bool:
     return "onednn" in engines and torch.cpu._is_vnni_supported()
 
 
-def quantize_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 [R, K], overwritten -> int8 [R, K] and float32 scales [R, 1]."""
-    scales = rows.abs().amax(dim=1, keepdim=True).mul_(1 / MAX_INT8).clamp_min_(SMALLEST_SCALE)
-    return rows.div_(scales).round_().to(torch.int8), scales
-
-
 def pack_int8(weight: Tensor) -> Int8Weight:
     """weight [N, K], any float dtype, on the CPU."""
-    values, scales = quantize_int8(weight.float().clone())
+    wide = weight.to(torch.float32, copy=True)
+    scales = _scales(wide, MAX_WEIGHT)
     return Int8Weight(
-        packed=torch.ops.onednn.qlinear_prepack(values, None),
+        packed=torch.ops.onednn.qlinear_prepack(_quantize(wide, scales), None),
         scales=scales.squeeze(1),
-        zero_points=torch.zeros(len(values), dtype=torch.int64),
+        zero_points=torch.zeros(len(wide), dtype=torch.int64),
         shape=(weight.shape[0], weight.shape[1]),
     )
 
@@ -60,10 +61,29 @@ def pack_int8(weight: Tensor) -> Int8Weight:
 def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
     """x [M, K] -> [M, N] in x's dtype."""
     assert x.shape[1] == weight.shape[1]
-    values, row_scales = quantize_int8(x.to(torch.float32, copy=True))
-    sums: Tensor = torch.ops.onednn.qlinear_pointwise.default(
-        values, 1.0, 0, weight.packed, weight.scales, weight.zero_points,
-        None, 1.0, 0, torch.float32, "none", [], "",
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    for rows, out_rows in zip(torch.split(x, ROW_BLOCK), torch.split(out, ROW_BLOCK), strict=True):
+        _multiply(rows, weight, out_rows)
+    return out if bias is None else out.add_(bias)
+
+
+def _multiply(x: Tensor, weight: Int8Weight, out: Tensor) -> None:
+    # float16 cannot hold every scale, nor every sum that a small scale brings back into range.
+    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    wide = x.to(torch.float32, copy=True)
+    row_scales = _scales(wide, MAX_ROW).to(dtype)
+    sums = torch.ops.onednn.qlinear_pointwise.default(
+        _quantize(wide, row_scales), 1.0, 0, weight.packed, weight.scales, weight.zero_points,
+        None, 1.0, 0, dtype, "none", [], "",
     )  # fmt: skip
-    y = sums.mul_(row_scales)
-    return (y if bias is None else y.add_(bias)).to(x.dtype)
+    torch.mul(sums, row_scales, out=out)
+
+
+def _scales(rows: Tensor, largest: int) -> Tensor:
+    """float32 [R, K] -> [R, 1]: the value of one step when the row's extreme is `largest`."""
+    return rows.abs().amax(dim=1, keepdim=True).mul_(1 / largest).clamp_min_(SMALLEST_SCALE)
+
+
+def _quantize(rows: Tensor, scales: Tensor) -> Tensor:
+    """float32 [R, K], overwritten -> int8 [R, K]."""
+    return rows.div_(scales).round_().to(torch.int8)

@@ -7,7 +7,7 @@ from torch import Tensor
 from engine.weights.awq import dequantize, quantize_rtn
 from kernels.dense_linear import dense_linear, pack_dense
 from kernels.int4_linear import Int4Weight, int4_linear, pack_int4
-from kernels.int8_linear import has_int8_kernel, int8_linear, pack_int8
+from kernels.int8_linear import ROW_BLOCK, has_int8_kernel, int8_linear, pack_int8
 
 ROWS = (1, 4, 5, 8, 9, 33)  # both sides of what every CPU gives to the 4-bit kernel
 # Error of y relative to its norm, as kernels/int4_linear.py documents it.
@@ -100,8 +100,8 @@ def test_float32_is_exact_whatever_was_asked() -> None:
 
 @needs_int8
 @pytest.mark.parametrize(("n", "k"), [(1, 16), (31, 33), (64, 257), (130, 96)])
-@pytest.mark.parametrize("num_rows", [1, 2, 19, 64])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("num_rows", [1, 2, 19, ROW_BLOCK, ROW_BLOCK + 1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_int8(dtype: torch.dtype, num_rows: int, n: int, k: int) -> None:
     weight, x, bias = normal(n, k), normal(num_rows, k, seed=1).to(dtype), normal(n, seed=2)
     y = int8_linear(x, pack_int8(weight), bias.to(dtype))
@@ -114,7 +114,7 @@ def test_int8_is_the_documented_sum() -> None:
     """Exact up to float32: the integers are what the docstring says, the sum is int32."""
     weight, x = normal(48, 320).double(), normal(5, 320, seed=1).double()
     weight_scale = weight.abs().amax(1, keepdim=True) / 127
-    row_scale = x.abs().amax(1, keepdim=True) / 127
+    row_scale = x.abs().amax(1, keepdim=True) / 126
     expected = (x / row_scale).round() @ (weight / weight_scale).round().t()
     expected *= row_scale * weight_scale.t()
     y = int8_linear(x.float(), pack_int8(weight.float()), None)
@@ -131,10 +131,21 @@ def test_int8_rows_do_not_see_each_other() -> None:
 
 
 @needs_int8
-def test_int8_of_zeros_is_zero() -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int8_extremes_do_not_wrap(dtype: torch.dtype) -> None:
+    """The largest value of a row comes back near itself whatever its scale was rounded to."""
+    x = torch.diag(torch.linspace(1.0, 2.0, 64)).to(dtype)
+    y = int8_linear(torch.cat((x, -x)), pack_int8(torch.eye(64)), None)
+    expected = torch.cat((x, -x)).double()
+    torch.testing.assert_close(y.double(), expected, rtol=1.2e-2, atol=0.0)
+
+
+@needs_int8
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int8_of_zeros_is_zero(dtype: torch.dtype) -> None:
     weight = normal(32, 64)
     weight[3] = 0
-    x = normal(3, 64, seed=1)
+    x = normal(3, 64, seed=1).to(dtype)
     x[1] = 0
     y = int8_linear(x, pack_int8(weight), None)
     assert y.isfinite().all()
