@@ -143,6 +143,7 @@ def test_every_row_equals_the_reference(data: st.DataObject, vocab_size: int) ->
         SamplingParams(top_p=0.8),
         SamplingParams(temperature=1.5, min_p=0.15),
         SamplingParams(top_k=6, top_p=0.9, min_p=0.05),
+        SamplingParams(top_p=0.76, min_p=0.4),  # min_p first would leave top_p one token less
         SamplingParams(repetition_penalty=1.4, presence_penalty=0.5, frequency_penalty=0.3),
         SamplingParams(logit_bias={0: 1.5, 7: -2.0}, bad_words=[[5], [2, 3]], temperature=1.3),
     ],
@@ -225,14 +226,15 @@ def test_a_resumed_sequence_continues_as_if_it_had_never_stopped(params: Samplin
 
 
 def test_a_reused_row_forgets_the_sequence_before() -> None:
-    logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]])
+    logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).repeat(2, 1)
     sampler = Sampler(4, 2, SESSION_LEN, "cpu")
     first = SamplingParams(
         temperature=0, bad_words=[[1], [0, 2]], logit_bias={3: 9.0}, repetition_penalty=50.0
     )
-    assert sample(sampler, logits, [0], new_row(0, first)).token_ids.tolist() == [3]
-    plain = SamplingParams(temperature=0)
-    assert sample(sampler, logits, [0], new_row(0, plain)).token_ids.tolist() == [1]
+    new_rows = [new_row(0, first), new_row(1, first)]
+    assert sample(sampler, logits, [0, 1], *new_rows).token_ids.tolist() == [3, 3]
+    plain = new_row(0, SamplingParams(temperature=0))
+    assert sample(sampler, logits, [0, 1], plain).token_ids.tolist() == [1, 3]
 
 
 def test_a_row_may_be_admitted_before_it_samples() -> None:
@@ -339,9 +341,9 @@ def test_a_row_without_output_beside_one_with_output() -> None:
     sampler = Sampler(3, 2, SESSION_LEN, "cpu")
     params = SamplingParams(temperature=0, presence_penalty=2.0, frequency_penalty=2.0)
     new_rows = [new_row(0, params, prompt=[1], output=[2, 2]), new_row(1, params, prompt=[1])]
-    logits = torch.tensor([[1.0, 0.5, 3.0]]).repeat(2, 1)
-    assert sample(sampler, logits, [0, 1], *new_rows).token_ids.tolist() == [0, 2]
-    assert sample(sampler, logits, [1, 0]).token_ids.tolist() == [0, 1]
+    logits = torch.tensor([[2.5, 0.5, 1.0]]).repeat(2, 1)
+    assert sample(sampler, logits, [0, 1], *new_rows).token_ids.tolist() == [0, 0]
+    assert sample(sampler, logits, [1, 0]).token_ids.tolist() == [2, 1]
 
 
 @pytest.mark.parametrize(("bias", "expected"), [(100.0, 0), (-100.0, 2), (0.5, 1)])
@@ -406,6 +408,10 @@ def test_prompt_logprobs() -> None:
         assert len(entries) == 7
         for entry, row, token_id in zip(entries, logits, token_ids.tolist(), strict=True):
             check_entry(entry, row, token_id, num_top)
+    equal = torch.zeros(1, 300)
+    equal[0, 10::30] = 1.0  # ten tokens, of which topk alone picks any six
+    entry = token_logprobs(equal, torch.tensor([299]), 6)[0]
+    assert (entry.rank, entry.top_token_ids) == (11, [10, 40, 70, 100, 130, 160])
     assert len(token_logprobs(torch.zeros(1, 3), torch.tensor([1]), 20)[0].top_token_ids) == 3
     assert token_logprobs(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), 2) == []
 
