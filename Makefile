@@ -39,6 +39,7 @@ check: install
 bench: install
 	@$(VENV)/bin/python -m benchmarks.scheduler
 	@$(VENV)/bin/python -m benchmarks.serving
+	@$(VENV)/bin/python -m benchmarks.cpu_engine
 	@$(VENV)/bin/python -m benchmarks.report
 
 .PHONY: help install serve test check bench

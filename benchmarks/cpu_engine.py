@@ -117,7 +117,9 @@ def _processes(paths: dict[str, Path], threads: int) -> Iterator[dict[str, Conne
     try:
         for name, path in paths.items():
             connections[name], theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, name, path, threads))
+            process = context.Process(
+                target=_serve, args=(theirs, name, path, threads), daemon=True
+            )
             process.start()
             started.append(process)
             connections[name].recv()
@@ -143,7 +145,9 @@ def _serve(connection: Connection, name: str, path: Path, threads: int) -> None:
 def _transformers(path: Path, threads: int) -> Generate:
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.set_num_threads(threads)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
     model.generation_config.eos_token_id = None  # every stream runs to its last token
