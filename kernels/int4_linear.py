@@ -22,7 +22,7 @@ from kernels.dense_linear import DenseWeight, dense_linear, pack_dense
 from kernels.int8_linear import Int8Weight, has_int8_kernel, int8_linear, pack_int8
 
 # Most rows that go to the 4-bit kernel, which does not use AMX. All linears of the 350M shape, ms
-# for 24 layers on one thread of a Xeon with AMX:
+# for 24 layers on one thread of a Xeon with AMX (benchmarks.cpu_linears):
 #   rows    1    2    3    4    5    6    8   12   16   32   64  128
 #   int4   25   26   31   32   48   52   62
 #   bf16   53   51   53   50   51   50   52   52   54   61   72   96
