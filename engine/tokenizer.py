@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
+from tokenizers import decoders
 from transformers import PreTrainedTokenizerFast
 
 from engine.chat_template import ChatTemplate, Message
@@ -24,10 +25,12 @@ class Tokenizer:
         self.chat_template = ChatTemplate(hf) if hf.chat_template else None
         eos = [*generation_config.eos_token_ids, hf.eos_token_id]
         self.eos_token_ids = tuple(sorted({i for i in eos if i is not None}))
-        self.special_token_ids = frozenset(hf.all_special_ids)
         self._backend: Backend = hf.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
+        added = self._backend.get_added_tokens_decoder()
+        self._added_token_ids = frozenset(added)
+        self.special_token_ids = frozenset(i for i, token in added.items() if token.special)
         self._token_bytes: dict[int, bytes] = {}
 
     @classmethod
@@ -99,21 +102,16 @@ class Tokenizer:
             return b""
         if token_id in self._added_token_ids:
             return piece.encode()
-        if self._is_byte_level:
+        if self.is_byte_level:
             return bytes(_BYTE_OF_CHARACTER[character] for character in piece)
         if byte := re.fullmatch("<0x([0-9A-F]{2})>", piece):
             return bytes.fromhex(byte[1])
         return piece.replace("\u2581", " ").encode()
 
     @cached_property
-    def _added_token_ids(self) -> frozenset[int]:
-        return frozenset(self._backend.get_added_tokens_decoder())
-
-    @cached_property
-    def _is_byte_level(self) -> bool:
-        """Pieces are spelt in GPT-2's byte alphabet (and not in SentencePiece's)."""
-        decoder = self._backend.decoder
-        return decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
+    def is_byte_level(self) -> bool:
+        """Tokens are spelt in GPT-2's byte alphabet, and decoding joins their bytes."""
+        return isinstance(self._backend.decoder, decoders.ByteLevel)
 
 
 def _loader(path: Path) -> Any:

@@ -22,7 +22,7 @@ logger = logging.getLogger("ray.serve")
 FinishReason = Literal["stop", "length"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that would cost 1 µs per token
 class Delta:
     """What choice `index` gained. `stop_reason`: the stop string or stop_token_ids entry."""
 

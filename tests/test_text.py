@@ -99,12 +99,15 @@ def test_pieces_continue_the_prompt_and_are_whole_characters(
         assert not any("\ufffd" in piece for piece in pieces)
 
 
-@given(st.integers(65, 400), SIZES)
-def test_bytes_that_never_become_characters_do_not_pile_up(count: int, sizes: list[int]) -> None:
-    continuation = tokenizer("byte_level").encode("é")[-1:]
-    text = TextStream(tokenizer("byte_level"), SamplingParams())
+@pytest.mark.parametrize("kind", KINDS)
+@given(count=st.integers(65, 400), sizes=SIZES)
+def test_bytes_that_never_become_characters_do_not_pile_up(
+    kind: str, count: int, sizes: list[int]
+) -> None:
+    continuation = tokenizer(kind).encode("é")[-1:]
+    text = TextStream(tokenizer(kind), SamplingParams())
     pieces = [text.push(chunk).text for chunk in split(continuation * count, sizes)]
-    assert len("".join(pieces)) >= count - 70  # no more than the window is held back
+    assert len("".join(pieces)) >= count - 70  # the rest is a window's worth
 
 
 STOPS = st.lists(st.text(st.sampled_from("ab é"), min_size=1, max_size=4), min_size=1, max_size=3)
@@ -179,7 +182,9 @@ def test_the_token_that_ends_a_sequence_is_shown_only_on_request(
 def test_bytes_of_tokens_join_to_the_text(kind: str, text: str) -> None:
     token_ids = tokenizer(kind).encode(text)
     joined = b"".join(map(tokenizer(kind).token_bytes, token_ids)).decode()
-    assert joined == text if kind == "byte_level" else joined == f" {text}" or text == ""
+    if kind == "byte_fallback":  # its own ▁ is a space, and it begins a text with one
+        text = f" {text}".replace("▁", " ") if text else ""
+    assert joined == text
 
 
 def test_tokens_outside_the_vocabulary_are_empty() -> None:
