@@ -45,7 +45,8 @@ class CompletionStream:
             finished=output.finish_reason is not None,
             stop_token_id=output.stop_token_id,
         )
-        finish_reason, stop_reason = output.finish_reason, None
+        finish_reason = output.finish_reason
+        stop_reason: str | int | None = None
         if added.stop is not None:
             finish_reason, stop_reason = "stop", added.stop
         elif output.stop_token_id in self._own_stops:

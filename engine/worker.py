@@ -3,6 +3,7 @@
 Computes the steps it is given; decides nothing about them.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -153,6 +154,17 @@ def _split(
     start = 0
     for score in scores:
         end = start + len(score.token_ids)
-        parts.append((score.seq_index, entries[start:end]))
+        parts.append(
+            (score.seq_index, [_cut(entry, score.num_top) for entry in entries[start:end]])
+        )
         start = end
     return parts
+
+
+def _cut(entry: TokenLogprobs, num_top: int) -> TokenLogprobs:
+    """A step scores with the most alternatives anybody asked for."""
+    return replace(
+        entry,
+        top_token_ids=entry.top_token_ids[:num_top],
+        top_logprobs=entry.top_logprobs[:num_top],
+    )

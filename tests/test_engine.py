@@ -167,6 +167,16 @@ def test_logprobs_are_those_of_the_model() -> None:
         assert entry.rank == int((row > row[entry.token_id]).sum()) + 1
 
 
+def test_each_request_gets_the_alternatives_it_asked_for() -> None:
+    engine = shared_engine(128, 200, True)
+    requests = [request(str(n), prompts()[3], prompt_logprobs=n, logprobs=n) for n in (1, 4, 0)]
+    outputs = run(engine, requests)
+    for n in (1, 4, 0):
+        entries = [*(outputs[str(n)].prompt_logprobs or [])[1:], *(outputs[str(n)].logprobs or [])]
+        assert len(entries) == len(prompts()[3]) - 1 + MAX_TOKENS
+        assert all(entry is not None and len(entry.top_token_ids) == n for entry in entries)
+
+
 def test_prompt_logprobs_survive_preemption() -> None:
     engine = shared_engine(16, 24, True)
     scored = run(engine, [request("a", prompts()[5], prompt_logprobs=0)])["a"]

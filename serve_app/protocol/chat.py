@@ -7,13 +7,15 @@ from pydantic import BaseModel, Field
 from serve_app.errors import invalid
 from serve_app.generation import FinishReason
 from serve_app.protocol.logprobs import ChatLogprobs, PromptLogprobs
-from serve_app.protocol.messages import Message
+from serve_app.protocol.messages import Messages
 from serve_app.protocol.sampling import SamplingFields
 from serve_app.protocol.usage import Usage
 
 
 class ChatCompletionRequest(SamplingFields):
-    messages: Annotated[list[Message], Field(description="a list of messages, at least one")]
+    messages: Annotated[
+        Messages, Field(min_length=1, description="a list of messages, at least one")
+    ]
     max_completion_tokens: Annotated[
         int | None, Field(description="a number of tokens, at least 1")
     ] = None

@@ -7,18 +7,15 @@ from pydantic import BaseModel, Field
 from serve_app.generation import FinishReason
 from serve_app.protocol.logprobs import CompletionLogprobs, PromptLogprobs
 from serve_app.protocol.sampling import SamplingFields
+from serve_app.protocol.strict import Texts, TokenIdLists, TokenIds
 from serve_app.protocol.usage import Usage
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
-# fail_fast: a prompt of 100k ids must not collect 100k "not a string" errors on its way.
-Texts = Annotated[list[str], Field(fail_fast=True)]
-TokenIds = Annotated[list[int], Field(fail_fast=True)]
-
 
 class CompletionRequest(SamplingFields):
     prompt: Annotated[
-        str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)],
+        str | Texts | TokenIds | TokenIdLists,
         Field(description="a string, a list of strings, token ids, or a list of lists of them"),
     ]
     max_tokens: Annotated[int | None, Field(description="a number of tokens, at least 1")] = None

@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from serve_app.errors import invalid, unsupported
 from serve_app.protocol.parse import UNSUPPORTED
-from serve_app.protocol.sampling import Strict
+from serve_app.protocol.strict import Strict
 
 if TYPE_CHECKING:
     from engine.chat_template import ChatTemplate
@@ -43,13 +43,16 @@ class ToolCall(Strict):
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
-    tool_calls: list[ToolCall] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, min_length=1)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
-    name: str | None = None
-    refusal: str | None = None
-    function_call: Any = None
+    # Parts of answers that clients send back as they came; with a value they are refused.
+    name: Any = None
+    refusal: Any = None
+    annotations: Any = None
     audio: Any = None
+    function_call: Any = None
+    reasoning_content: Any = None
 
     @property
     def text(self) -> str | None:
@@ -58,14 +61,18 @@ class Message(Strict):
         return self.content
 
 
+Messages = Annotated[list[Message], Field(fail_fast=True)]
+_REFUSED = ("name", "refusal", "annotations", "audio", "function_call", "reasoning_content")
+
+
 def to_template(messages: list[Message], template: "ChatTemplate | None") -> list[dict[str, Any]]:
     """The dicts a template reads. Refuses what it would drop without a word."""
     return [_to_template(f"messages[{i}]", m, template) for i, m in enumerate(messages)]
 
 
 def _to_template(path: str, message: Message, template: "ChatTemplate | None") -> dict[str, Any]:
-    for field in ("name", "refusal", "function_call", "audio"):
-        if getattr(message, field) is not None:
+    for field in _REFUSED:
+        if getattr(message, field) not in (None, []):
             raise unsupported(f"{path}.{field}")
     converted: dict[str, Any] = {"role": message.role, "content": message.text}
     if template is not None and message.role == "developer" and not template.mentions("developer"):
@@ -73,6 +80,8 @@ def _to_template(path: str, message: Message, template: "ChatTemplate | None") -
     if message.role == "tool":
         if template is not None and not template.mentions("tool"):
             raise unsupported(f"{path}.role", ": this model's chat template has no tool role")
+        if message.tool_call_id is None:
+            raise invalid(f"{path}.tool_call_id is missing", f"{path}.tool_call_id")
         converted["tool_call_id"] = message.tool_call_id
     elif message.tool_call_id is not None:
         raise invalid(
@@ -102,6 +111,9 @@ def _tool_calls(
         except ValueError as error:
             param = f"{path}[{i}].function.arguments"
             raise invalid(f"{param} must be JSON: {error}", param) from None
+        if not isinstance(arguments, dict):
+            param = f"{path}[{i}].function.arguments"
+            raise invalid(f"{param} must be a JSON object, got {arguments!r}", param)
         function = {"name": call.function.name, "arguments": arguments}
         converted.append({"id": call.id, "type": "function", "function": function})
     return converted

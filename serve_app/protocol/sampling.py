@@ -6,21 +6,17 @@ the end of the error message. Ranges are checked where they are owned, by Sampli
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from engine.sampling_params import SamplingParams
 from serve_app.errors import invalid, unsupported
+from serve_app.protocol.strict import Biases, Strict, Texts, TokenIds
 from serve_app.served_model import ServedModel
 
 MAX_STOP = 16  # strings; each costs time per token, on the loop all streams share
 MAX_STOP_CHARACTERS = 256
 MAX_BAD_WORDS = 1024
-
-
-class Strict(BaseModel):
-    """JSON types as declared: no "1" for 1, no 1.0 for an integer, no NaN."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+MAX_BAD_WORD_CHARACTERS = 256
 
 
 class StreamOptions(Strict):
@@ -54,15 +50,16 @@ class SamplingFields(Strict):
         float | None, Field(description="a positive number, 1 for none")
     ] = None
     logit_bias: Annotated[
-        dict[int, float] | None, Field(description="an object of token ids and biases, -100 to 100")
+        Biases | None,
+        Field(description="an object of token ids and biases, -100 to 100"),
     ] = None
     seed: Annotated[int | None, Field(description="a 64-bit integer")] = None
-    stop: Annotated[str | list[str] | None, Field(description="a string or a list of them")] = None
-    stop_token_ids: Annotated[list[int] | None, Field(description="a list of token ids")] = None
+    stop: Annotated[str | Texts | None, Field(description="a string or a list of them")] = None
+    stop_token_ids: Annotated[TokenIds | None, Field(description="a list of token ids")] = None
     ignore_eos: Annotated[bool | None, Field(description="true or false")] = None
     min_tokens: Annotated[int | None, Field(description="a number of tokens")] = None
-    bad_words: Annotated[list[str] | None, Field(description="a list of strings")] = None
-    allowed_token_ids: Annotated[list[int] | None, Field(description="a list of token ids")] = None
+    bad_words: Annotated[Texts | None, Field(description="a list of strings")] = None
+    allowed_token_ids: Annotated[TokenIds | None, Field(description="a list of token ids")] = None
     include_stop_str_in_output: Annotated[bool | None, Field(description="true or false")] = None
     skip_special_tokens: Annotated[bool | None, Field(description="true or false")] = None
     prompt_logprobs: Annotated[
@@ -165,6 +162,10 @@ def _bad_words(model: ServedModel, words: list[str] | None) -> list[list[int]] |
         return None
     if len(words) > MAX_BAD_WORDS:
         raise invalid(f"bad_words may hold {MAX_BAD_WORDS} words, got {len(words)}", "bad_words")
+    if max(map(len, words), default=0) > MAX_BAD_WORD_CHARACTERS:
+        raise invalid(
+            f"each of bad_words may have {MAX_BAD_WORD_CHARACTERS} characters", "bad_words"
+        )
     encode = model.tokenizer.encode
     spellings = {
         tuple(encode(prefix + word.lstrip(), add_special_tokens=False))

@@ -5,8 +5,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field
 
 from serve_app.errors import invalid
-from serve_app.protocol.messages import Message
-from serve_app.protocol.sampling import Strict
+from serve_app.protocol.messages import Messages
+from serve_app.protocol.strict import Strict, TokenIds
 
 
 class TokenizeRequest(Strict):
@@ -14,7 +14,7 @@ class TokenizeRequest(Strict):
 
     model: Annotated[str | None, Field(description="the name of the served model")] = None
     prompt: Annotated[str | None, Field(description="a string")] = None
-    messages: Annotated[list[Message] | None, Field(description="a list of messages")] = None
+    messages: Annotated[Messages | None, Field(description="a list of messages")] = None
     add_special_tokens: Annotated[bool | None, Field(description="true or false")] = None
     add_generation_prompt: Annotated[bool | None, Field(description="true or false")] = None
     continue_final_message: Annotated[bool | None, Field(description="true or false")] = None
@@ -46,7 +46,7 @@ class TokenizeResponse(BaseModel):
 
 class DetokenizeRequest(Strict):
     model: Annotated[str | None, Field(description="the name of the served model")] = None
-    tokens: Annotated[list[int], Field(description="a list of token ids")]
+    tokens: Annotated[TokenIds, Field(description="a list of token ids")]
 
 
 class DetokenizeResponse(BaseModel):
