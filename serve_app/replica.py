@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 class LLMReplica:
     """Starts its engine actors in the other bundles of its placement group."""
 
-    async def __init__(self, config: EngineConfig, model_name: str, limits: Limits) -> None:
+    # Serve awaits a coroutine constructor, which Python's types have no word for.
+    async def __init__(  # type: ignore[misc]
+        self, config: EngineConfig, model_name: str, limits: Limits
+    ) -> None:
         # Not at the top: Serve imports this module to build the application, and torch and
         # transformers would cost that process 4 s.
         from engine.ray_group import EngineGroup

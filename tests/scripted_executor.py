@@ -60,7 +60,7 @@ class ScriptedExecutor:
         self.closed = True
 
     def _write_and_read(self, batch: Batch) -> list[list[int]]:
-        """Write this step's tokens to their slots, then read each sequence back through its table."""
+        """Write this step's tokens to their slots; read each sequence back through its table."""
         starts = batch.query_start_loc
         for seq, row in enumerate(batch.rows.tolist()):
             for token in range(starts[seq], starts[seq + 1]):
