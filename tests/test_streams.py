@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -199,7 +201,7 @@ def test_requests_of_one_tick_are_submitted_together(tiny_checkpoint: Path) -> N
             connections = [Connection(app, chat(n=2, seed=5)) for _ in range(4)]
             request_ids = await group.wait_for(8)
             assert len(group.calls) == 1
-            assert [group.requests[i].params.seed for i in request_ids] == [5, 6] * 4
+            assert [group.requests[i].seed for i in request_ids] == [5, 6] * 4
             for request_id in request_ids:
                 group.put(SequenceOutput(request_id, [42], finish_reason="stop"))
             await asyncio.gather(*(connection.task for connection in connections))
@@ -286,6 +288,13 @@ def test_an_access_line_counts_and_never_quotes(
     run(test())
     assert "completion=2 length user='ada'" in caplog.text
     assert "secret" not in caplog.text
+
+
+def test_building_the_application_loads_neither_torch_nor_transformers() -> None:
+    """Serve does it in a process of its own, which would take 4 s longer."""
+    code = "import sys, serve_app.app; print({'torch', 'transformers'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "set()\n"
 
 
 def test_stub_group_has_the_engine_groups_methods() -> None:
