@@ -37,8 +37,8 @@ class KeyBlocks:
     def gather(self, cache: Tensor) -> tuple[Tensor, Tensor]:
         """cache [num_blocks, 2 * Hkv, block_size, D] -> keys, values [R, Hkv, num_keys, D]."""
         blocks = cache.view(-1, cache.shape[2] * cache.shape[3]).index_select(0, self.rows)
-        shape = (2, self.num_seqs, self.num_kv_heads, -1, cache.shape[3])
-        keys, values = blocks.view(shape)[:, :, :, : self.num_keys].unbind()
+        shape = (self.num_seqs, self.num_kv_heads, 2, -1, cache.shape[3])
+        keys, values = blocks.view(shape)[:, :, :, : self.num_keys].unbind(2)
         return keys, values
 
 
@@ -118,8 +118,10 @@ class Planner:
         columns = (starts // self.block_size)[:, None] + np.arange(-(-num_keys // self.block_size))
         columns = np.minimum(columns, block_tables.shape[1] - 1)
         blocks = np.take_along_axis(block_tables, columns, axis=1).astype(np.int64)
-        heads = np.arange(2 * self.num_kv_heads).reshape(2, 1, -1, 1)  # of keys, then of values
-        return (blocks[None, :, None, :] * 2 * self.num_kv_heads + heads).reshape(-1)
+        # A head's keys and values side by side: torch splits the gather and the products over
+        # threads at the same heads, so that a core finds in its cache what it gathered.
+        heads = np.arange(2 * self.num_kv_heads).reshape(2, -1).T[:, :, None]
+        return (blocks[:, None, None, :] * 2 * self.num_kv_heads + heads).reshape(-1)
 
     def _key_blocks(self, rows: IntArray, num_seqs: int, hidden: NDArray[np.bool_]) -> KeyBlocks:
         mask = torch.zeros(hidden.shape, dtype=self.dtype)
