@@ -4,7 +4,7 @@
 VENV   ?= .venv
 PYTHON ?= $(firstword $(foreach p,python3 python3.11 python3.12 python3.13,$(shell $(p) -c 'import sys; sys.version_info >= (3, 11) and print("$(p)")' 2>/dev/null)))
 TORCH  ?= torch==2.13.0
-PIP    := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
+PIP    := $(VENV)/bin/python -m pip -qq --disable-pip-version-check
 STAMP  := $(VENV)/.installed
 
 help:

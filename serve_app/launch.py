@@ -25,12 +25,14 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, Serve
 from engine.errors import ConfigError, MantaError
 from serve_app.deploy_status import failure, waiting_for
 from serve_app.launch_plan import LaunchPlan
+from serve_app.processes import descendants, end
 from serve_app.progress import Progress
 
 POLL_S = 0.1  # asking the proxy, which holds a request for a while until somebody can answer
 STATUS_S = 1.0  # asking Serve whether it still may
 WATCH_S = 2.0  # the same while serving
 DRAIN_S = 3.0  # open streams at a stop; Ray's own processes then take 1.4 s to end
+ENDING_S = 1.0  # what still runs this long after Ray's shutdown is killed
 LOGS = "/tmp/ray/session_latest/logs/serve"
 
 
@@ -190,12 +192,12 @@ def _client() -> Any:
 
 def _stop(plan: LaunchPlan, *, drain: bool, joined: bool) -> None:
     """Let open streams finish for a moment, then end every process that was started."""
-    if not ray.is_initialized():
-        return
-    if drain:
+    started = descendants(os.getpid())
+    if ray.is_initialized() and drain:
         with contextlib.suppress(RayError, RayServeException):  # the controller may be gone
             _drain(plan, joined)
     ray.shutdown()
+    end(started, ENDING_S)
 
 
 def _drain(plan: LaunchPlan, joined: bool) -> None:

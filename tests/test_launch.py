@@ -24,6 +24,7 @@ from ray.serve.schema import (
 
 from serve_app.deploy_status import failure, waiting_for
 from serve_app.ports import free_ports
+from serve_app.processes import await_end, descendants, end
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -50,52 +51,15 @@ def running(*command: str | Path) -> Iterator[subprocess.Popen[str]]:
     )
     try:
         yield process
-        descendants = _descendants(process.pid)
+        below = descendants(process.pid)
         process.send_signal(signal.SIGINT)
         process.wait(timeout=60)
-        assert _alive(descendants) == {}
+        assert await_end(below, patience_s=10) == {}  # Ray's agents notice within seconds
     finally:
         process.kill()
         process.wait()
         if process.stdout is not None:
             process.stdout.close()
-
-
-def _descendants(pid: int) -> dict[int, str]:
-    """pid → start time and name, of every process below this one."""
-    parents: dict[int, int] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-    found, layer = set[int](), {pid}
-    while layer:
-        layer = {child for child, parent in parents.items() if parent in layer}
-        found |= layer
-    return {child: identity for child in found if (identity := _identity(child)) is not None}
-
-
-def _identity(pid: int) -> str | None:
-    """Name and start time of a process; None when it has ended (a zombie has)."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    name, _, rest = stat.rpartition(")")
-    fields = rest.split()
-    return None if fields[0] == "Z" else f"{name} {fields[19]}"
-
-
-def _alive(processes: dict[int, str], patience_s: float = 10.0) -> dict[int, str]:
-    """Those that still run after a moment: Ray's agents notice the end within seconds."""
-    deadline = time.monotonic() + patience_s
-    while time.monotonic() < deadline:
-        processes = {pid: name for pid, name in processes.items() if _identity(pid) == name}
-        if not processes:
-            break
-        time.sleep(0.2)
-    return processes
 
 
 def _answer(url: str, model: str) -> str | None:
@@ -178,6 +142,19 @@ def test_a_checkpoint_the_engine_refuses_ends_the_command_with_the_reason(tmp_pa
     assert done.stderr.startswith(f"manta: cannot serve {tmp_path.name}: ")
     assert "model.layers." in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_what_outlives_a_stop_is_killed() -> None:
+    stubborn = subprocess.Popen(["sleep", "600"])
+    try:
+        mine = descendants(os.getpid())
+        assert stubborn.pid in mine
+        assert await_end({stubborn.pid: mine[stubborn.pid]}, patience_s=0.1) != {}
+        assert await_end({stubborn.pid: "another process with that pid"}, patience_s=0.1) == {}
+        end({stubborn.pid: mine[stubborn.pid]}, patience_s=0.1)
+        assert stubborn.wait(timeout=10) == -signal.SIGKILL
+    finally:
+        stubborn.kill()
 
 
 # -- reading Serve's status ---------------------------------------------------------------------
