@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention_plan import DecodeGroup, Int32Array, KeyBlocks, Planner, PrefillTile
+from kernels.attention_plan import DecodePlan, Int32Array, KeyBlocks, Planner, PrefillTile
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,24 +79,28 @@ def paged_attention(
     assert head_dim == cache.shape[3]
     plan = _plan(meta, cache, window)
     grouped = q.view(num_tokens, num_kv_heads, -1, head_dim)  # [T, Hkv, G, D]
-    if len(plan.decode_groups) == 1 and plan.decode_groups[0].queries is None:
-        return _attend_decodes(grouped, cache, plan.decode_groups[0].keys, scale).view_as(q)
     out = grouped.new_empty(grouped.shape)
-    for group in plan.decode_groups:
-        assert group.queries is not None
-        rows = grouped.index_select(0, group.queries)
-        out.index_copy_(0, group.queries, _attend_decodes(rows, cache, group.keys, scale))
+    _attend_decodes(grouped[: meta.num_decodes], cache, plan.decodes, scale, out)
     for tile in plan.prefill_tiles:
         queries = slice(tile.first, tile.last)
         out[queries] = _attend_tile(grouped[queries], cache, tile.keys, scale)
     return out.view(q.shape)
 
 
-def _attend_decodes(q: Tensor, cache: Tensor, keys: KeyBlocks, scale: float) -> Tensor:
-    """One query of R sequences each, q [R, Hkv, G, D]: G heads are the rows of one product."""
-    k, v = keys.gather(cache)
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=keys.mask, scale=scale)
-    return attended.contiguous()
+def _attend_decodes(q: Tensor, cache: Tensor, plan: DecodePlan, scale: float, out: Tensor) -> None:
+    """One query of each sequence, q [S, Hkv, G, D]: G heads are the rows of one product."""
+    rows, results = q, out
+    if plan.order is not None:
+        rows = q.index_select(0, plan.order)
+        results = torch.empty_like(rows)
+    for group in plan.groups:
+        k, v = group.keys.gather(cache)
+        seqs = slice(group.first, group.last)
+        results[seqs] = F.scaled_dot_product_attention(
+            rows[seqs], k, v, attn_mask=group.keys.mask, scale=scale
+        )
+    if plan.order is not None:
+        out.index_copy_(0, plan.order, results)
 
 
 def _attend_tile(q: Tensor, cache: Tensor, keys: KeyBlocks, scale: float) -> Tensor:
@@ -112,7 +116,7 @@ def _attend_tile(q: Tensor, cache: Tensor, keys: KeyBlocks, scale: float) -> Ten
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    decode_groups: list[DecodeGroup]
+    decodes: DecodePlan
     prefill_tiles: list[PrefillTile]
 
 
@@ -144,15 +148,10 @@ def _plan(meta: AttentionMetadata, cache: Tensor, window: int | None) -> _Plan:
             device=meta.device,
             window=window,
         )
-        known[window] = _Plan(
-            list(planner.decode_groups(*_decode_rows(meta))), list(_prefill_tiles(meta, planner))
-        )
+        rows = slice(meta.num_decodes)
+        decodes = planner.decodes(meta.context_lens[rows], meta.block_tables[rows])
+        known[window] = _Plan(decodes, list(_prefill_tiles(meta, planner)))
     return known[window]
-
-
-def _decode_rows(meta: AttentionMetadata) -> tuple[Int32Array, Int32Array, int]:
-    rows = slice(meta.num_decodes)
-    return meta.context_lens[rows], meta.block_tables[rows], int(meta.query_start_loc[-1])
 
 
 def _prefill_tiles(meta: AttentionMetadata, planner: Planner) -> Iterator[PrefillTile]:

@@ -44,8 +44,17 @@ class KeyBlocks:
 
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
-    queries: Tensor | None  # int64 [R], rows of the step's tokens; None: all of them, in order
+    first: int  # queries first:last of the decode rows, in the order of `DecodePlan`
+    last: int
     keys: KeyBlocks
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """Decode rows sorted by length, so that those of like length share a group."""
+
+    order: Tensor | None  # int64 [decode rows]; None: as they come
+    groups: list[DecodeGroup]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,26 +75,33 @@ class Planner:
     device: str
     window: int | None
 
-    def decode_groups(
-        self, context_lens: Int32Array, block_tables: Int32Array, num_tokens: int
-    ) -> Iterator[DecodeGroup]:
-        """One query per sequence, at context_lens - 1; rows of like length share a group."""
+    def decodes(self, context_lens: Int32Array, block_tables: Int32Array) -> DecodePlan:
+        """One query per sequence, at context_lens - 1."""
         stops = context_lens.astype(np.int64)
         starts = self._first_keys(stops - 1)
         order = np.argsort(starts - stops, kind="stable")  # longest first
+        in_order = bool((order[1:] > order[:-1]).all())
+        sorted_rows = stops[order], starts[order], block_tables[order]
+        return DecodePlan(
+            order=None if in_order else torch.from_numpy(order).to(self.device),
+            groups=list(self._decode_groups(*sorted_rows)),
+        )
+
+    def _decode_groups(
+        self, stops: IntArray, starts: IntArray, block_tables: Int32Array
+    ) -> Iterator[DecodeGroup]:
         key_bytes = 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
-        taken = 0
-        while taken < len(order):
-            longest = order[taken]
-            num_keys = int(stops[longest] - starts[longest])
-            seqs = order[taken : taken + max(1, GATHER_BYTES // (key_bytes * num_keys))]
-            taken += len(seqs)
-            positions = starts[seqs, None] + np.arange(num_keys)
-            hidden = self._hidden(stops[seqs, None] - 1 - positions)
-            rows = self._rows(block_tables[seqs], starts[seqs], num_keys)
-            keys = self._key_blocks(rows, len(seqs), hidden[:, None, None, :])
-            in_order = len(seqs) == num_tokens and bool((seqs[1:] > seqs[:-1]).all())
-            yield DecodeGroup(None if in_order else torch.from_numpy(seqs).to(self.device), keys)
+        first = 0
+        while first < len(stops):
+            num_keys = int(stops[first] - starts[first])
+            last = min(first + max(1, GATHER_BYTES // (key_bytes * num_keys)), len(stops))
+            rows = slice(first, last)
+            positions = starts[rows, None] + np.arange(num_keys)
+            hidden = self._hidden(stops[rows, None] - 1 - positions)
+            blocks = self._rows(block_tables[rows], starts[rows], num_keys)
+            keys = self._key_blocks(blocks, last - first, hidden[:, None, None, :])
+            yield DecodeGroup(first, last, keys)
+            first = last
 
     def prefill_tiles(
         self, first_token: int, num_queries: int, context_len: int, block_table: Int32Array
