@@ -3,7 +3,9 @@
 import asyncio
 import copy
 import json
+import os
 import re
+import signal
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -590,3 +592,34 @@ def test_a_client_that_leaves_frees_its_blocks(base_url: str) -> None:
             and found["ray_vllm_kv_cache_usage_perc"] == 0
         )
     )
+
+
+# -- failure: last, because it costs the others their replica -------------------------------
+
+
+def kill_engine() -> None:
+    """SIGKILL the engine actors of our cluster."""
+    from ray._private.state import actors
+
+    engines = [a for a in actors().values() if a["ActorClassName"] == "EngineActor"]
+    pids = [actor["Pid"] for actor in engines if actor["State"] == "ALIVE"]
+    assert pids
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_killed_engine_is_reported_and_replaced(client: OpenAI, http: httpx.Client) -> None:
+    with client.completions.create(
+        model=MODEL_NAME, prompt="a", max_tokens=500, stream=True, extra_body={"ignore_eos": True}
+    ) as stream:
+        next(stream)
+        kill_engine()
+        with pytest.raises(openai.APIError, match="the engine stopped"):
+            list(stream)
+    deadline = time.monotonic() + 120
+    while http.get("/health").status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    answer = client.completions.create(model=MODEL_NAME, prompt="a", max_tokens=2, **GREEDY)
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 2
