@@ -100,6 +100,12 @@ class Scheduler:
                 f"{seq.max_output_tokens}",
                 "output_token_ids",
             )
+        if seq.params.min_tokens > seq.max_output_tokens:
+            raise InvalidRequestError(
+                f"min_tokens is {seq.params.min_tokens}; after this prompt at most "
+                f"{seq.max_output_tokens} tokens can be generated",
+                "min_tokens",
+            )
         self._sequences[request.request_id] = seq
         self.waiting.append(seq)
         self.num_waiting_tokens += seq.num_tokens

@@ -22,6 +22,7 @@ FAST = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # 30 by default: a stop takes that long
+    "RAY_agent_register_timeout_ms": "120000",  # 15 s by default: too short on a busy machine
     "RAY_worker_niceness": "0",  # 15 by default: a busy neighbour starved a starting engine
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # 5 by default: a busy machine never got ready
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "600",  # 120 by default: scaling cuts longer streams

@@ -300,6 +300,13 @@ def test_requests_that_can_never_be_served_are_refused(
     assert not engine.has_work
 
 
+def test_min_tokens_beyond_the_session_is_refused() -> None:
+    engine = make_engine(num_blocks=8, block_size=4)
+    params = SamplingParams(min_tokens=31)
+    with pytest.raises(InvalidRequestError, match="at most 30"):
+        engine.add(EngineRequest(request_id="a", prompt_token_ids=[1, 2], params=params))
+
+
 def test_a_request_id_in_use_is_refused() -> None:
     engine = make_engine()
     engine.add(request("a", [1]))
