@@ -15,10 +15,10 @@ from torch import Tensor
 Int32Array = NDArray[np.int32]
 IntArray = NDArray[np.int64]
 
-# Decode rows are attended in groups that gather at most so many bytes of K and V, to have them
-# in the L2 cache (2 MiB per core here) when they are multiplied. 24 layers, 32 rows of 144 tokens,
-# 8 heads of 64, one thread: 48 ms with groups of 1 MiB, 53 with 2.5, 55 with 0.5.
-GATHER_BYTES = 5 * 2**18
+# Decode rows are attended in groups that gather at most so many bytes of K and V: what a step
+# needs beside its weights stays bounded. 24 layers, 32 rows of 144 tokens, 8 heads of 64, two
+# threads: 26 ms with groups of 5 or 10 MiB, 33 with 1.25, whose calls cost more than caches save.
+GATHER_BYTES = 2**23
 # Queries of a prefill chunk attended at once. Keys after a tile's last query are not read: 2048
 # queries take 43 ms in tiles of 256 and 69 ms at once.
 QUERY_TILE = 256

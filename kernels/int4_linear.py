@@ -21,17 +21,17 @@ from torch import Tensor
 from kernels.dense_linear import DenseWeight, dense_linear, pack_dense
 from kernels.int8_linear import Int8Weight, has_int8_kernel, int8_linear, pack_int8
 
-# Most rows that go to the 4-bit kernel, which does not use AMX. All linears of the 350M shape, ms
-# for 24 layers on one thread of a Xeon with AMX (benchmarks.cpu_linears):
-#   rows    1    2    3    4    5    6    8   12   16   32   64  128
-#   int4   25   26   31   32   48   52   62
-#   bf16   53   51   53   50   51   50   52   52   54   61   72   96
-#   int8   37   33   37   33   33   34   36   37   39   50   69  104
-# and one product of 4096 x 4096 on two threads with AVX512 alone, bf16 not yet reordered:
-#   int4 0.23 0.30      0.42           0.84      1.70
-#   bf16 1.54 1.29      1.26           1.44      1.75 2.42 3.52 5.98
-#   int8 0.23 0.28      0.33           0.44      0.65 0.90 1.52 2.87
-MAX_INT4_ROWS_AMX = 4
+# Most rows that go to the 4-bit kernel, which does not use AMX. benchmarks.cpu_linears on two
+# threads of a Xeon with AMX, ms for all layers (bf16 by F.linear, not reordered: 38, 50 at 32):
+#   rows    1    2    3    4    5    6    7    8   12   16   24   32   64  128  256
+#   int4   12   14   15   16   26   26   26   29   41   54
+#   bf16   28   28   28   28   27   28   28   28   28   29   33   32   40   52   67
+#   int8   20   20   21   21   21   22   21   22   24   23   29   31   37   53   81
+# and one product of 4096 x 4096 on two threads with AVX512 alone, bf16 not reordered:
+#   int4 0.23 0.30      0.42                0.84      1.70
+#   bf16 1.54 1.29      1.26                1.44      1.75      2.42 3.52 5.98
+#   int8 0.23 0.28      0.33                0.44      0.65      0.90 1.52 2.87
+MAX_INT4_ROWS_AMX = 6
 MAX_INT4_ROWS_AVX512 = 8
 MAX_INT4_ROWS_INT8 = 4  # where int8 rows are allowed; up to here exact activations cost nothing
 INT4_GROUP_SIZES = (32, 64, 128, 256)  # those of the 4-bit kernel

@@ -61,22 +61,25 @@ def pack_int8(weight: Tensor) -> Int8Weight:
 def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
     """x [M, K] -> [M, N] in x's dtype."""
     assert x.shape[1] == weight.shape[1]
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    for rows, out_rows in zip(torch.split(x, ROW_BLOCK), torch.split(out, ROW_BLOCK), strict=True):
-        _multiply(rows, weight, out_rows)
-    return out if bias is None else out.add_(bias)
+    if len(x) <= ROW_BLOCK:
+        y = _multiply(x, weight)
+    else:
+        y = x.new_empty(len(x), weight.shape[0])
+        for rows, part in zip(torch.split(x, ROW_BLOCK), torch.split(y, ROW_BLOCK), strict=True):
+            part.copy_(_multiply(rows, weight))
+    return y if bias is None else y.add_(bias)
 
 
-def _multiply(x: Tensor, weight: Int8Weight, out: Tensor) -> None:
+def _multiply(x: Tensor, weight: Int8Weight) -> Tensor:
     # float16 cannot hold every scale, nor every sum that a small scale brings back into range.
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     wide = x.to(torch.float32, copy=True)
     row_scales = _scales(wide, MAX_ROW).to(dtype)
-    sums = torch.ops.onednn.qlinear_pointwise.default(
+    sums: Tensor = torch.ops.onednn.qlinear_pointwise.default(
         _quantize(wide, row_scales), 1.0, 0, weight.packed, weight.scales, weight.zero_points,
         None, 1.0, 0, dtype, "none", [], "",
     )  # fmt: skip
-    torch.mul(sums, row_scales, out=out)
+    return sums.mul_(row_scales).to(x.dtype)
 
 
 def _scales(rows: Tensor, largest: int) -> Tensor:

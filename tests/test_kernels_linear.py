@@ -9,7 +9,7 @@ from kernels.dense_linear import dense_linear, pack_dense
 from kernels.int4_linear import Int4Weight, int4_linear, pack_int4
 from kernels.int8_linear import ROW_BLOCK, has_int8_kernel, int8_linear, pack_int8
 
-ROWS = (1, 4, 5, 8, 9, 33)  # both sides of what every CPU gives to the 4-bit kernel
+ROWS = (1, 4, 5, 6, 7, 8, 9, 33)  # both sides of what every CPU gives to the 4-bit kernel
 # Error of y relative to its norm, as kernels/int4_linear.py documents it.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 6e-4}
 INT8_TOLERANCE = 1.5e-2
