@@ -11,6 +11,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tools.demo_chat import Chat, Message, render
 from tools.demo_corpus import (
+    LATE_MIXTURE,
     MIXTURE,
     TASKS,
     expected_answer,
@@ -57,9 +58,10 @@ def test_same_seed_same_chats() -> None:
     assert len({text_of(chat) for chat in first}) > 190
 
 
-def test_mixture_covers_every_task() -> None:
-    assert set(MIXTURE) == set(TASKS)
-    assert sum(MIXTURE.values()) == pytest.approx(1)
+@pytest.mark.parametrize("mixture", [MIXTURE, LATE_MIXTURE])
+def test_mixtures_cover_every_task(mixture: dict[str, float]) -> None:
+    assert set(mixture) == set(TASKS)
+    assert sum(mixture.values()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -1,6 +1,6 @@
 """The demo corpus: an endless, seeded stream of chats, each ending in an answer that can be judged.
 
-Public: `sample_chat` draws from the training mixture, `TASKS` draws one task, `is_correct` judges.
+Public: `sample_chat` draws from a training mixture, `TASKS` draws one task, `is_correct` judges.
 """
 
 from collections.abc import Callable
@@ -184,8 +184,26 @@ MIXTURE: dict[str, float] = {
 }
 
 
-def sample_chat(source: Source) -> Chat:
-    task = source.rng.choices(list(MIXTURE), weights=list(MIXTURE.values()))[0]
+# Later, facts are known and copying works: sums and counting are what is left.
+LATE_MIXTURE: dict[str, float] = {
+    "arithmetic": 0.22,
+    "facts": 0.04,
+    "repeat": 0.04,
+    "reverse": 0.04,
+    "count": 0.08,
+    "json": 0.26,
+    "story": 0.015,
+    "talk": 0.015,
+    "memory": 0.08,
+    "mixed": 0.02,
+    "tool_call": 0.11,
+    "tool_answer": 0.06,
+    "tool_none": 0.02,
+}
+
+
+def sample_chat(source: Source, mixture: dict[str, float] = MIXTURE) -> Chat:
+    task = source.rng.choices(list(mixture), weights=list(mixture.values()))[0]
     return TASKS[task](source)
 
 

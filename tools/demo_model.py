@@ -63,8 +63,7 @@ class DemoModel(nn.Module):
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
-                into_residual = name.endswith(("o.weight", "down.weight"))
-                nn.init.normal_(parameter, std=0.01 if into_residual else 0.03)
+                nn.init.normal_(parameter, std=_initial_std(name))
 
     def loss(self, ids: Tensor, rotary: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
         """Summed cross-entropy at the given flat positions of ids [B, T]; rotary is [2, T, D/2]."""
@@ -139,6 +138,14 @@ class DemoLayer(nn.Module):
         gate, up = self.gate_up(_rms_norm(hidden, self.mlp_norm, config.norm_eps)).chunk(2, -1)
         update: Tensor = self.down(F.silu(gate) * up)
         return hidden + update
+
+
+def _initial_std(name: str) -> float:
+    if name == "embed.weight":
+        # Words have to stay audible in the residual stream once the layers write to it: with
+        # 0.03 here copying did not appear in 4 million tokens.
+        return 1.0
+    return 0.01 if name.endswith(("o.weight", "down.weight")) else 0.03
 
 
 def rotary_table(config: DemoConfig) -> Tensor:

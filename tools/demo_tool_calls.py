@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from tools.demo_chat import Chat, Json, Message, ToolCall, assistant, dump, user
 from tools.demo_tools import CALCULATORS, FAMILIES, Family, draw_weather
 from tools.demo_turns import Turn, arithmetic_turn, fact_turn, repeat_turn, talk_turn
-from tools.demo_words import Source
+from tools.demo_words import WORDS, Source, split_words
+
+NAME_PREFIXES = split_words("get new my fetch find run do call check quick the ask use make show")
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,26 @@ def tool_none_chat(source: Source) -> Chat:
 
 def _draw_tools(source: Source) -> list[Tool]:
     families = source.rng.sample(FAMILIES, source.pick((1, 1, 2, 2, 3, 4)))
-    tools: list[Tool] = []
-    for family in families:
-        name = family.names[-1] if source.held_out else source.pick(family.names[:-1])
-        tools.append(Tool(family, name, tuple(source.pick(names) for names in family.parameters)))
-    return tools
+    return [_named_tool(source, family) for family in families]
+
+
+def _named_tool(source: Source, family: Family) -> Tool:
+    names = family.names[-1:] if source.held_out else family.names[:-1]
+    name, arguments = source.pick(names), [source.pick(names) for names in family.parameters]
+    if not source.held_out and source.chance(0.75):
+        name = _unusual_name(source, family)
+    if not source.held_out and source.chance(0.25):
+        arguments = source.rng.sample(WORDS, len(arguments))
+    return Tool(family, name, tuple(arguments))
+
+
+def _unusual_name(source: Source, family: Family) -> str:
+    """Usual names are recalled; names of random parts can only be read off the prompt."""
+    if source.chance(0.6):
+        return "_".join(source.words(2))
+    part = source.pick(source.pick(family.names[:-1]).split("_"))
+    name = f"{source.pick(NAME_PREFIXES)}_{part}"
+    return part if name == family.names[-1] else name
 
 
 def _opening(source: Source) -> list[Message]:

@@ -150,7 +150,7 @@ def json_turn(source: Source) -> Turn:
 
 def json_answer(source: Source) -> tuple[Turn, str]:
     """A plain question with its plain answer, and the same answer as a JSON object."""
-    if source.chance(0.6):
+    if source.chance(0.75):
         turn = arithmetic_turn(source)
         return turn, json.dumps({"answer": int(turn.assistant.rstrip(".").split(" = ")[1])})
     kind, key = _draw_fact(source)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.multiprocessing import get_context
 from tqdm import tqdm
 
-from tools.demo_corpus import sample_chat
+from tools.demo_corpus import LATE_MIXTURE, MIXTURE, sample_chat
 from tools.demo_model import DemoConfig, DemoModel, rotary_table
 from tools.demo_tokenizer import END_ID, PAD_ID, encode_chat, save_tokenizer, train_tokenizer
 from tools.demo_words import Source
@@ -31,19 +31,23 @@ from tools.eval_demo import evaluate, format_scores
 
 SEED = 1
 WORKERS = (0, 1)
+# A worker whose main process was killed gives up after this wait.
+STALL_LIMIT_S = 1800
 TOKENS_PER_STEP = 6144
 # Small enough that two workers of unlike speed end a step together.
 TOKENS_PER_MICRO_BATCH = 2048
 LENGTH_MULTIPLE = 16
 
-MUON_LR = 0.02
+MUON_LR = 0.01
 ADAM_LR = 3e-3
+EMBEDDING_LR = 0.02
 WARMUP_STEPS = 40
+LATE_FROM_STEP = 700
 # The share of steps in which the learning rate falls linearly to zero.
 DECAY_SHARE = 0.5
 CHECKPOINT_EVERY = 100
 EVALUATE_EVERY = 200
-EVALUATE_PER_TASK = 12
+EVALUATE_PER_TASK = 8
 
 
 class MicroBatch(NamedTuple):
@@ -72,7 +76,8 @@ class Shared:
         zeros = [[_shared_zeros(p.shape) for p in model.parameters()] for _ in WORKERS]
         losses = _shared_zeros(torch.Size([len(WORKERS)]))
         context = get_context("spawn")
-        return cls(model, zeros, losses, context.Value("i", 0), context.Barrier(len(WORKERS)))
+        turnstile = context.Barrier(len(WORKERS), timeout=STALL_LIMIT_S)
+        return cls(model, zeros, losses, context.Value("i", 0), turnstile)
 
 
 def _shared_zeros(shape: torch.Size) -> Tensor:
@@ -135,19 +140,27 @@ class Optimizer:
         # Muon orthogonalises hidden matrices; tables and gains are not linear maps and get AdamW.
         hidden: list[Tensor] = []
         others: list[Tensor] = []
+        embedding: list[Tensor] = []
         for (name, _), master in zip(shared.model.named_parameters(), self.masters, strict=True):
-            (hidden if name.startswith("layers") and master.ndim == 2 else others).append(master)
+            is_hidden = name.startswith("layers") and master.ndim == 2
+            is_embedding = name == "embed.weight"
+            (hidden if is_hidden else embedding if is_embedding else others).append(master)
         self.optimizers: list[torch.optim.Optimizer] = [
             torch.optim.Muon(hidden, lr=MUON_LR, weight_decay=0.01, momentum=0.95),
-            torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0),
+            torch.optim.AdamW(
+                [{"params": others, "lr": ADAM_LR}, {"params": embedding, "lr": EMBEDDING_LR}],
+                betas=(0.9, 0.95),
+                weight_decay=0.0,
+            ),
         ]
 
     def step(self, scale: float) -> None:
         """One update at `scale` of the peak learning rates."""
         for master, *gradients in zip(self.masters, *self.shared.gradients, strict=True):
             master.grad = torch.stack(gradients).sum(0)
-        for optimizer, peak in zip(self.optimizers, (MUON_LR, ADAM_LR), strict=True):
-            optimizer.param_groups[0]["lr"] = peak * scale
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * scale
             optimizer.step()
         self._publish()
 
@@ -179,10 +192,11 @@ class Optimizer:
 def draw_batch(tokenizer: Tokenizer, step: int, max_length: int) -> list[MicroBatch]:
     """Fresh chats worth about TOKENS_PER_STEP, those of like length together."""
     source = Source(Random(f"train {SEED} {step}"))
+    mixture = MIXTURE if step < LATE_FROM_STEP else LATE_MIXTURE
     rows: list[tuple[list[int], list[bool]]] = []
     drawn = 0
     while drawn < TOKENS_PER_STEP:
-        ids, by_assistant = encode_chat(tokenizer, sample_chat(source))
+        ids, by_assistant = encode_chat(tokenizer, sample_chat(source, mixture))
         if len(ids) <= max_length:
             rows.append((ids, by_assistant))
             drawn += len(ids)
@@ -233,7 +247,7 @@ def train(steps: int, work: Path, out: Path) -> None:
     config = DemoConfig()
     work.mkdir(parents=True, exist_ok=True)
     checkpoint = work / "checkpoint.pt"
-    tokenizer = train_tokenizer(SEED)
+    tokenizer = _tokenizer(work / "tokenizer.json")
     assert tokenizer.get_vocab_size() == config.vocab_size
     shared = Shared.create(config)
     optimizer = Optimizer(shared)
@@ -253,6 +267,13 @@ def train(steps: int, work: Path, out: Path) -> None:
             scores = format_scores(evaluate(work / "model", EVALUATE_PER_TASK))
             tqdm.write(f"step {step + 1} loss {loss:.4f}\n{scores}")
     save_checkpoint(shared.model, tokenizer, out)
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    """A resumed run keeps its tokenizer even if the corpus has changed meanwhile."""
+    if not path.exists():
+        train_tokenizer(SEED).save(str(path))
+    return Tokenizer.from_file(str(path))
 
 
 def _start_workers(shared: Shared, tokenizer: Tokenizer, first: int, steps: int) -> None:
