@@ -39,13 +39,14 @@ class LLMReplica:
         # transformers would cost that process 4 s.
         from engine.ray_group import EngineGroup
 
-        loading = asyncio.create_task(asyncio.to_thread(_load_tokenizer, config.model))
-        group = await EngineGroup.start(config)
+        tokenizer, group = await asyncio.gather(
+            asyncio.to_thread(_load_tokenizer, config.model), EngineGroup.start(config)
+        )
         metrics = Metrics(model_name, group.info.session_len)
         self._model = ServedModel(
             name=model_name,
             created=int(time.time()),
-            tokenizer=await loading,
+            tokenizer=tokenizer,
             engine=AsyncEngine(group, metrics.record_stats),
             metrics=metrics,
             limits=limits,

@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("manta", deadline=None)  # machines that run tests are busy
+settings.load_profile("manta")
 
 # Ray reads these when it is imported, which must therefore wait until here.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")

@@ -1,0 +1,190 @@
+"""The replica in this process: the class Serve runs, its application and a real engine actor."""
+
+import asyncio
+import json
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import pytest
+
+from engine.config import EngineConfig
+from engine.errors import CheckpointError, ConfigError, EngineDeadError
+from serve_app.app import AppArgs, build_app
+from serve_app.replica import LLMReplica
+from serve_app.served_model import Limits
+from tests.stub_engine import client_of
+
+T = TypeVar("T")
+
+
+class RunningReplica:
+    """A replica on a loop of its own, and a client of its application."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self._loop = asyncio.new_event_loop()
+        self.run(self._start(checkpoint))
+
+    async def _start(self, checkpoint: Path) -> None:
+        settings = {"model": str(checkpoint), "dtype": "float32", "device": "cpu"}
+        config = EngineConfig.from_dict({**settings, "cache_max_entry_count": 64})
+        deployment: Any = LLMReplica  # the decorator made it a Deployment
+        cls = deployment.func_or_class
+        self.replica = cls.__new__(cls)
+        await self.replica.__init__(config, "tiny", Limits(1_000_000, 8))
+        self._app = self.replica.__serve_build_asgi_app__()
+        self._lifespan = self._app.router.lifespan_context(self._app)
+        await self._lifespan.__aenter__()
+        self._client = client_of(self._app)
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return self._loop.run_until_complete(asyncio.wait_for(coroutine, 60))
+
+    def get(self, path: str) -> httpx.Response:
+        return self.run(self._client.get(path))
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return self.run(self._client.post(path, json=body))
+
+    def stream(self, path: str, **body: Any) -> list[dict[str, Any]]:
+        """The events of a stream but [DONE]."""
+        *events, done, end = self.post(path, stream=True, **body).text.split("\n\n")
+        assert (done, end) == ("data: [DONE]", "")
+        return [json.loads(event.removeprefix("data: ")) for event in events]
+
+    def close(self) -> None:
+        self.run(self._lifespan.__aexit__(None, None, None))
+        with pytest.raises(EngineDeadError, match="shutting down"):
+            self.run(self.replica.check_health())
+        self._loop.close()
+
+
+@pytest.fixture(scope="module")
+def running(ray_cluster: None, tiny_checkpoint: Path) -> Iterator[RunningReplica]:
+    running = RunningReplica(tiny_checkpoint)
+    yield running
+    running.close()
+
+
+pytestmark = pytest.mark.ray
+COMPLETION = {"model": "tiny", "max_tokens": 6, "temperature": 0, "ignore_eos": True}
+
+
+def test_a_stream_carries_what_the_whole_answer_holds(running: RunningReplica) -> None:
+    body = {**COMPLETION, "prompt": ["abc", "What?"], "n": 2, "echo": True, "logprobs": 1}
+    body |= {"return_token_ids": True, "prompt_logprobs": 0}
+    whole = running.post("/v1/completions", **body).json()
+    del body["prompt_logprobs"]
+    events = running.stream("/v1/completions", **body, stream_options={"include_usage": True})
+    assert events[-1]["usage"] == whole["usage"]
+    for choice in whole["choices"]:
+        parts = [
+            part
+            for event in events
+            for part in event["choices"]
+            if part["index"] == choice["index"]
+        ]
+        assert "".join(part["text"] for part in parts) == choice["text"]
+        token_ids = [token_id for part in parts for token_id in part["token_ids"]]
+        assert token_ids == choice["token_ids"]
+        for name, values in choice["logprobs"].items():
+            joined = [value for part in parts for value in part["logprobs"][name]]
+            # Batches differ, and with them the last bits of a logit.
+            assert json.loads(json.dumps(joined), parse_float=round_4) == json.loads(
+                json.dumps(values), parse_float=round_4
+            )
+        assert choice["prompt_logprobs"][0] is None
+        assert parts[-1]["finish_reason"] == choice["finish_reason"] == "length"
+
+
+def round_4(text: str) -> float:
+    return round(float(text), 3)
+
+
+def test_a_chat_streams_its_usage_as_it_goes(running: RunningReplica) -> None:
+    events = running.stream(
+        "/v1/chat/completions",
+        model="tiny",
+        messages=[{"role": "user", "content": "Hi"}],
+        max_tokens=4,
+        ignore_eos=True,
+        return_token_ids=True,
+        stream_options={"continuous_usage_stats": True},
+    )
+    counts = [event["usage"]["completion_tokens"] for event in events]
+    assert counts == sorted(counts)
+    assert counts[-1] == 4
+
+
+@pytest.mark.parametrize("size", [1, 4000])
+def test_long_and_short_prompts_are_encoded_alike(running: RunningReplica, size: int) -> None:
+    text = "ab " * size
+    tokens = running.post("/tokenize", prompt=text).json()["tokens"]
+    assert running.post("/detokenize", tokens=tokens).json()["prompt"] == text
+    body = {"model": "tiny", "messages": [{"role": "user", "content": text}]}
+    tokens = running.post("/tokenize", **body).json()["tokens"]
+    prompt = running.post("/detokenize", tokens=tokens).json()["prompt"]
+    assert prompt == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/v1/completions", {**COMPLETION, "prompt": []}, 400),
+        ("/v1/completions", {**COMPLETION, "prompt": [[]]}, 400),
+        ("/v1/completions", {**COMPLETION, "prompt": [999]}, 400),
+        ("/v1/completions", {**COMPLETION, "prompt": "a " * 100_000}, 400),
+        ("/v1/completions", {**COMPLETION, "prompt": ["a"] * 9}, 400),
+        ("/v1/completions", {**COMPLETION, "prompt": "a", "model": "b"}, 404),
+        ("/detokenize", {"tokens": [], "model": "b"}, 404),
+        ("/v1/none", {}, 404),
+        ("/health", {}, 405),
+    ],
+)
+def test_refusals(running: RunningReplica, path: str, body: dict[str, Any], status: int) -> None:
+    response = running.post(path, **body)
+    assert response.status_code == status
+    assert response.json()["error"]["message"]
+
+
+def test_the_replica_says_what_it_is(running: RunningReplica) -> None:
+    assert running.get("/v1/models").json()["data"][0]["max_model_len"] == 512
+    assert running.get("/v1/models/tiny").json()["id"] == "tiny"
+    assert running.get("/health").status_code == 200
+    assert running.get("/version").json()["version"]
+    running.run(running.replica.check_health())
+
+
+def test_a_group_of_ranks_gets_a_bundle_each(tiny_checkpoint: Path) -> None:
+    engine = {"model": str(tiny_checkpoint), "tp": 2}
+    on_cpu = _bundles(AppArgs(engine={**engine, "device": "cpu"}))
+    assert sum(bundle["CPU"] for bundle in on_cpu) <= 2  # tp=2 must fit a laptop's two cores
+    assert len(on_cpu) == 3
+    on_gpu = _bundles(AppArgs(engine={**engine, "device": "cuda"}, cpus_per_rank=3))
+    assert on_gpu == [{"CPU": 1.0}, {"CPU": 3.0, "GPU": 1.0}, {"CPU": 3.0, "GPU": 1.0}]
+
+
+def test_the_device_is_what_the_cluster_has(ray_cluster: None, tiny_checkpoint: Path) -> None:
+    assert "GPU" not in _bundles(AppArgs(engine={"model": str(tiny_checkpoint)}))[1]
+
+
+def test_an_engine_config_file_is_found_beside_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path
+) -> None:
+    (tmp_path / "engine.yaml").write_text(f"model: {tiny_checkpoint}\ndevice: cpu\n")
+    monkeypatch.chdir(tmp_path)
+    assert len(_bundles(AppArgs(engine="engine.yaml"))) == 2
+    with pytest.raises(ConfigError, match=r"other\.yaml does not exist"):
+        build_app(AppArgs(engine="other.yaml"))
+
+
+def test_a_replica_that_cannot_load_says_why(ray_cluster: None, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
+        RunningReplica(tmp_path)
+
+
+def _bundles(args: AppArgs) -> list[dict[str, float]]:
+    app: Any = build_app(args)
+    bundles: list[dict[str, float]] = app._bound_deployment._replica_config.placement_group_bundles
+    return bundles
