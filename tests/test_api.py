@@ -428,6 +428,7 @@ def test_a_chat_is_tokenised_as_it_is_prompted(http: httpx.Client, tiny_checkpoi
 
 def test_health_and_version(http: httpx.Client) -> None:
     assert http.get("/health").json() == {"status": "ok"}
+    assert http.head("/health").status_code == 200
     assert re.fullmatch(r"\d+\.\d+\.\d+", http.get("/version").json()["version"])
 
 

@@ -24,7 +24,8 @@ async def get_model(request: Request, model_id: str) -> ModelCard:
     return _card(model)
 
 
-@router.api_route("/health", methods=["GET", "HEAD"], tags=["system"])
+@router.head("/health", include_in_schema=False)
+@router.get("/health", tags=["system"])
 async def health(request: Request) -> Health:
     """503 with the reason when the engine is gone or makes no progress."""
     await served_model(request).engine.check()
