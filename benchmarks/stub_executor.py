@@ -55,9 +55,9 @@ def stub_info(model: str, num_blocks: int = 65536) -> EngineInfo:
 
 def install() -> None:
     """In this process, engine actors get a StubExecutor."""
-    from engine import ray_group
+    from engine import local_executor
 
     def make(config: EngineConfig, group: object = None) -> StubExecutor:
         return StubExecutor(stub_info(config.model), float(os.environ[STEP_MS]) / 1000)
 
-    vars(ray_group)["LocalExecutor"] = make
+    vars(local_executor)["LocalExecutor"] = make

@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import threading
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import ray
 from ray.actor import ActorHandle
@@ -23,11 +23,12 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineDeadError, MantaError
 from engine.executor import EngineInfo
-from engine.local_executor import LocalExecutor, follow
 from engine.outputs import EngineStats, SequenceOutput
-from engine.parallel import ParallelGroup
 from engine.sequence import EngineRequest
-from engine.worker import Worker, resolve_device
+
+if TYPE_CHECKING:
+    from engine.parallel import ParallelGroup
+    from engine.worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,11 @@ class EngineActor:
         return self._batcher
 
     def _start(self, address: str, loop: asyncio.AbstractEventLoop) -> EngineInfo | None:
+        # Not at the top: the owner imports this module too, and torch costs it 1.5 s.
+        from engine.local_executor import LocalExecutor
+        from engine.parallel import ParallelGroup
+        from engine.worker import Worker, resolve_device
+
         config = self._config
         device = resolve_device(config.device)
         group = ParallelGroup.join(self._rank, config.tp, address, device)
@@ -209,8 +215,10 @@ def _kill(actors: list[Actor]) -> None:
         ray.kill(actor)
 
 
-def _follow(worker: Worker, group: ParallelGroup) -> None:
+def _follow(worker: "Worker", group: "ParallelGroup") -> None:
     """Compute what rank 0 sends; a fault ends the process, which the owner's parked call sees."""
+    from engine.local_executor import follow
+
     try:
         follow(worker, group)
     except Exception:
