@@ -6,8 +6,10 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from hypothesis import settings
+from openai import OpenAI
 
 settings.register_profile("manta", deadline=None)  # machines that run tests are busy
 settings.load_profile("manta")
@@ -75,3 +77,15 @@ def base_url(ray_cluster: None, tiny_checkpoint: Path) -> Iterator[str]:
     serve.run(build_app(args), name="tiny", route_prefix="/")
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+@pytest.fixture(scope="session")
+def client(base_url: str) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def http(base_url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=base_url, timeout=60) as client:
+        yield client

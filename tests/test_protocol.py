@@ -1,70 +1,30 @@
 """Request bodies: OpenAI's fields are accepted or refused by name; errors say what is allowed."""
 
 import json
-from functools import cache
-from pathlib import Path
-from tempfile import mkdtemp
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
 from engine.errors import InvalidRequestError
-from engine.outputs import TokenLogprobs
-from engine.tokenizer import Tokenizer
 from serve_app.api import chat as chat_api
 from serve_app.api import completions as completions_api
 from serve_app.errors import ApiError
 from serve_app.protocol.chat import ChatCompletionRequest
 from serve_app.protocol.completions import CompletionRequest
-from serve_app.protocol.logprobs import (
-    CompletionLogprobsBuilder,
-    chat_logprobs,
-    prompt_logprobs,
-)
-from serve_app.protocol.messages import to_template
 from serve_app.protocol.parse import parse
 from serve_app.protocol.sampling import MAX_STOP
 from serve_app.protocol.tokenize import TokenizeRequest
-from serve_app.served_model import ServedModel
-from tests.tiny_tokenizers import write_byte_fallback, write_byte_level
+from tests.bodies import (
+    parse_chat,
+    parse_completion,
+    refusal,
+    served_model,
+    tokenizer,
+)
 
-CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
-COMPLETION = {"model": "tiny", "prompt": "Hi"}
-
-
-@cache
-def tokenizer() -> Tokenizer:
-    return Tokenizer.load(write_byte_level(Path(mkdtemp())))
-
-
-def served_model(**defaults: float) -> ServedModel:
-    """As much of a ServedModel as sampling parameters are made from."""
-    stub = SimpleNamespace(
-        tokenizer=SimpleNamespace(sampling_defaults=defaults, encode=tokenizer().encode),
-        info=SimpleNamespace(vocab_size=300),
-    )
-    return cast(ServedModel, stub)
-
-
-def parse_chat(**fields: Any) -> ChatCompletionRequest:
-    return parse(ChatCompletionRequest, json.dumps(CHAT | fields).encode(), chat_api.REFUSED)
-
-
-def parse_completion(**fields: Any) -> CompletionRequest:
-    body = json.dumps(COMPLETION | fields).encode()
-    return parse(CompletionRequest, body, completions_api.REFUSED)
-
-
-def refusal(function: Any, *args: Any, **kwargs: Any) -> ApiError:
-    with pytest.raises(ApiError) as caught:
-        function(*args, **kwargs)
-    return caught.value
-
-
-# -- fields ---------------------------------------------------------------------------------
+# -- fields ----------------------------------------------------------------------------------
 
 
 def openai_fields(module: Any) -> set[str]:
@@ -129,7 +89,7 @@ def test_unknown_fields_inside_a_field_are_refused() -> None:
     assert error.param == "stream_options.include_usages"
 
 
-# -- values ---------------------------------------------------------------------------------
+# -- values ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -190,7 +150,7 @@ def test_a_bad_body_is_refused(body: bytes, message: str) -> None:
         parse(ChatCompletionRequest, body)
 
 
-# -- what fields mean -----------------------------------------------------------------------
+# -- what fields mean ------------------------------------------------------------------------
 
 
 def test_request_values_win_over_the_checkpoints_defaults() -> None:
@@ -283,129 +243,3 @@ def test_newer_and_older_names_of_the_token_limit_are_one() -> None:
 def test_tokenize_takes_a_prompt_or_messages(body: dict[str, Any], param: str) -> None:
     request = parse(TokenizeRequest, json.dumps(body).encode())
     assert refusal(request.check).param == param
-
-
-# -- messages -------------------------------------------------------------------------------
-
-
-class Template(SimpleNamespace):
-    """A chat template that knows these words."""
-
-    def mentions(self, word: str) -> bool:
-        return word in self.words
-
-
-def convert(*messages: dict[str, Any], words: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    template: Any = Template(words=words)
-    return to_template(parse_chat(messages=list(messages)).messages, template)
-
-
-CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
-
-
-def test_text_parts_are_joined() -> None:
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert convert({"role": "user", "content": parts}) == [{"role": "user", "content": "a\nb"}]
-
-
-@pytest.mark.parametrize(
-    "part",
-    [
-        {"type": "image_url", "image_url": {"url": "data:"}},
-        {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}},
-        {"type": "file", "file": {"file_id": "1"}},
-    ],
-)
-def test_other_parts_are_refused_by_name(part: dict[str, Any]) -> None:
-    error = refusal(convert, {"role": "user", "content": [{"type": "text", "text": "a"}, part]})
-    assert (error.param, error.code) == ("messages[0].content[1].type", "unsupported")
-    assert part["type"] in str(error)
-
-
-def test_developer_messages_are_system_messages_to_templates_that_do_not_know_them() -> None:
-    message = {"role": "developer", "content": "a"}
-    assert convert(message)[0]["role"] == "system"
-    assert convert(message, words=("developer",))[0]["role"] == "developer"
-
-
-def test_tool_calls_reach_a_template_that_knows_them() -> None:
-    words = ("tool", "tool_calls")
-    answer = {"role": "tool", "tool_call_id": "1", "content": "2"}
-    converted = convert({"role": "assistant", "tool_calls": [CALL]}, answer, words=words)
-    assert converted[0]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": 1}}
-    assert converted[1] == {"role": "tool", "tool_call_id": "1", "content": "2"}
-
-
-@pytest.mark.parametrize(
-    ("message", "param"),
-    [
-        ({"role": "assistant", "tool_calls": [CALL]}, "messages[0].tool_calls"),
-        ({"role": "tool", "tool_call_id": "1", "content": "2"}, "messages[0].role"),
-        ({"role": "user", "content": "a", "name": "Ada"}, "messages[0].name"),
-        ({"role": "assistant", "content": "a", "refusal": "no"}, "messages[0].refusal"),
-        ({"role": "user", "content": "a", "tool_call_id": "1"}, "messages[0].tool_call_id"),
-        ({"role": "user", "tool_calls": [CALL]}, "messages[0].tool_calls"),
-        ({"role": "user"}, "messages[0].content"),
-    ],
-)
-def test_what_a_template_would_drop_is_refused(message: dict[str, Any], param: str) -> None:
-    assert refusal(convert, message).param == param
-
-
-def test_arguments_of_a_tool_call_must_be_json() -> None:
-    call = CALL | {"function": {"name": "f", "arguments": "{"}}
-    message = {"role": "assistant", "tool_calls": [call]}
-    error = refusal(convert, message, words=("tool_calls",))
-    assert error.param == "messages[0].tool_calls[0].function.arguments"
-
-
-# -- log probabilities ----------------------------------------------------------------------
-
-
-def scored(*token_ids: int) -> list[TokenLogprobs]:
-    """Each token as the second likeliest, after token 3."""
-    return [TokenLogprobs(i, -2.0, 2, [3], [-0.5]) for i in token_ids]
-
-
-def test_offsets_count_characters_whatever_the_token_borders() -> None:
-    text = "déjà 🙂."
-    token_ids = tokenizer().encode(text)
-    builder = CompletionLogprobsBuilder(tokenizer(), skip_special_tokens=True)
-    halves = [token_ids[:3], [1, *token_ids[3:]]]  # a hidden special token in between
-    for half in halves:
-        built = builder.build(half, scored(*half))
-        for name, offset in zip(built.tokens, built.text_offset, strict=True):
-            if not name.startswith("bytes:") and name != "<|im_start|>":
-                assert text[offset:].startswith(name)
-
-
-def test_parts_of_characters_are_named_by_their_bytes() -> None:
-    token_ids = [i for i in tokenizer().encode("🙂") if "\ufffd" in tokenizer().token_text(i)]
-    built = CompletionLogprobsBuilder(tokenizer(), True).build(token_ids, scored(*token_ids))
-    assert all(name.startswith("bytes:\\x") for name in built.tokens)
-    content = chat_logprobs(tokenizer(), scored(*token_ids)).content
-    assert bytes(b for entry in content for b in entry.bytes) == b"".join(
-        map(tokenizer().token_bytes, token_ids)
-    )
-
-
-def test_impossible_tokens_have_a_finite_log_probability() -> None:
-    entry = TokenLogprobs(5, float("-inf"), 300, [3], [float("-inf")])
-    content = chat_logprobs(tokenizer(), [entry]).content[0]
-    assert (content.logprob, content.top_logprobs[0].logprob) == (-9999.0, -9999.0)
-    built = CompletionLogprobsBuilder(tokenizer(), True).build([4, 5], [None, entry])
-    assert built.token_logprobs == [None, -9999.0]
-    json.loads(built.model_dump_json())
-
-
-def test_prompt_logprobs_hold_the_token_and_its_rivals() -> None:
-    first, second = prompt_logprobs(tokenizer(), [None, *scored(5)])
-    assert first is None
-    assert second is not None
-    assert {i: (p.logprob, p.rank) for i, p in second.items()} == {3: (-0.5, 1), 5: (-2.0, 2)}
-
-
-def test_special_pieces_of_sentencepiece_are_bytes_and_spaces(tmp_path: Path) -> None:
-    loaded = Tokenizer.load(write_byte_fallback(tmp_path))
-    token_ids = loaded.encode("a 你")
-    assert b"".join(map(loaded.token_bytes, token_ids)) == " a 你".encode()
