@@ -114,7 +114,13 @@ def _start_ray(plan: LaunchPlan, address: str | None, dashboard: bool, verbose: 
     # Ray's CPUs are tickets, not cores: a machine with fewer cores than processes still serves.
     cores = len(os.sched_getaffinity(0))
     num_cpus = max(cores, plan.num_ranks + plan.num_replicas)
-    ray.init("local", include_dashboard=dashboard, num_cpus=num_cpus, **options)
+    try:
+        ray.init("local", include_dashboard=dashboard, num_cpus=num_cpus, **options)
+    except Exception as error:  # noqa: BLE001 - what ray.init raises when a process of it is late
+        raise LaunchError(
+            f"Ray did not start: {error} (on a busy machine try again; its logs are in "
+            "/tmp/ray/session_latest/logs)"
+        ) from error
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     num_gpus = int(resources.get("GPU", 0))
     if plan.engine.device == "cuda" and num_gpus < plan.num_ranks:
