@@ -1,16 +1,17 @@
 """W8A8 linear: int8 weights with one scale per output, int8 rows with one scale per row.
 
     weight[n, k] ~ qweight[n, k] * weight_scale[n],   weight_scale[n] = max_k |weight[n, k]| / 127
-    x[m, k]      ~ qx[m, k] * row_scale[m],           row_scale[m]    = max_k |x[m, k]| / 126
-    y[m, n] = (sum_k qx[m, k] * qweight[n, k]) * weight_scale[n] * row_scale[m] + bias[n]
+    x[m, k]      ~ (qx[m, k] - 128) * row_scale[m],   row_scale[m]    = max_k |x[m, k]| / 126
+    y[m, n] = (sum_k (qx[m, k] - 128) * qweight[n, k]) * weight_scale[n] * row_scale[m] + bias[n]
 
-The sum is exact in int32 (VNNI or AMX through oneDNN). For bf16 x, row_scale is rounded to bf16
-before it divides x, so that multiplying by it in bf16 is right; 126 keeps that rounding from
-carrying a value past 127. Rows are quantised when they arrive, each
-by itself: what else is in the batch changes nothing. Rounding costs a relative error of about
-1.1 % of y for normally distributed x and weight (0.8 % each), more where one value of a row or of
-an output's weights is far larger than the rest. The packed weight is opaque and belongs to
-one torch version and instruction set: pack at load, never store.
+qx is unsigned because VNNI multiplies unsigned by signed bytes: with signed rows oneDNN falls back
+to code 500 times slower on a CPU without AMX. The sum is exact in int32. For bf16 x, row_scale is
+rounded to bf16 before it divides x, so that multiplying by it in bf16 is right; 126 keeps that
+rounding from carrying a value past 127. Rows are quantised when they arrive, each by itself: what
+else is in the batch changes nothing. Rounding costs a relative error of about 1.1 % of y for
+normally distributed x and weight (0.8 % each), more where one value of a row or of an output's
+weights is far larger than the rest. The packed weight is opaque and belongs to one torch version
+and instruction set: pack at load, never store.
 """
 
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ SMALLEST_SCALE = 1e-30  # keeps a row or an output of zeros from dividing by zer
 # Rows quantised, multiplied and scaled at once, so that they stay in the L2 cache between the
 # elementwise passes: 1024 rows through the 350M layers take 0.88 of the time of one block.
 ROW_BLOCK = 256
+ZERO_POINT = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +52,9 @@ def pack_int8(weight: Tensor) -> Int8Weight:
     """weight [N, K], any float dtype, on the CPU."""
     wide = weight.to(torch.float32, copy=True)
     scales = _scales(wide, MAX_WEIGHT)
+    values = wide.div_(scales).round_().to(torch.int8)
     return Int8Weight(
-        packed=torch.ops.onednn.qlinear_prepack(_quantize(wide, scales), None),
+        packed=torch.ops.onednn.qlinear_prepack(values, [ROW_BLOCK, weight.shape[1]]),
         scales=scales.squeeze(1),
         zero_points=torch.zeros(len(wide), dtype=torch.int64),
         shape=(weight.shape[0], weight.shape[1]),
@@ -75,8 +78,10 @@ def _multiply(x: Tensor, weight: Int8Weight) -> Tensor:
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     wide = x.to(torch.float32, copy=True)
     row_scales = _scales(wide, MAX_ROW).to(dtype)
+    # Truncated, x / scale + 128.5 is x / scale + 128 rounded to the nearest.
+    values = wide.div_(row_scales).add_(ZERO_POINT + 0.5).to(torch.uint8)
     sums: Tensor = torch.ops.onednn.qlinear_pointwise.default(
-        _quantize(wide, row_scales), 1.0, 0, weight.packed, weight.scales, weight.zero_points,
+        values, 1.0, ZERO_POINT, weight.packed, weight.scales, weight.zero_points,
         None, 1.0, 0, dtype, "none", [], "",
     )  # fmt: skip
     return sums.mul_(row_scales).to(x.dtype)
@@ -85,8 +90,3 @@ def _multiply(x: Tensor, weight: Int8Weight) -> Tensor:
 def _scales(rows: Tensor, largest: int) -> Tensor:
     """float32 [R, K] -> [R, 1]: the value of one step when the row's extreme is `largest`."""
     return rows.abs().amax(dim=1, keepdim=True).mul_(1 / largest).clamp_min_(SMALLEST_SCALE)
-
-
-def _quantize(rows: Tensor, scales: Tensor) -> Tensor:
-    """float32 [R, K], overwritten -> int8 [R, K]."""
-    return rows.div_(scales).round_().to(torch.int8)
