@@ -116,7 +116,7 @@ def _start_ray(plan: LaunchPlan, address: str | None, dashboard: bool, verbose: 
     num_cpus = max(cores, plan.num_ranks + plan.num_replicas)
     try:
         ray.init("local", include_dashboard=dashboard, num_cpus=num_cpus, **options)
-    except Exception as error:  # noqa: BLE001 - what ray.init raises when a process of it is late
+    except Exception as error:  # no narrower: that is what ray.init raises when a process is late
         raise LaunchError(
             f"Ray did not start: {error} (on a busy machine try again; its logs are in "
             "/tmp/ray/session_latest/logs)"
