@@ -70,6 +70,7 @@ def test_chunks_are_valid_by_the_clients_own_types(http: httpx.Client) -> None:
         "top_logprobs": 2,
         "max_tokens": 8,
         "return_token_ids": True,
+        "ignore_eos": True,
     }
     chunks = events(http.post("/v1/chat/completions", json=body))
     counted = 0
