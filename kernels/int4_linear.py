@@ -78,8 +78,9 @@ def pack_int4(
     assert in_features == group_size * scales.shape[0]
     assert zeros.shape == scales.shape == (scales.shape[0], out_features)
     offsets = (8.0 - zeros.float()) * scales.float()
-    # Both forms multiply by the same numbers, so that how many rows share a step changes the
-    # order of summation and nothing else.
+    # Both forms start from the 4-bit kernel's rounded scales and offsets. What is left between
+    # them is one rounding of each dequantised value to `dtype` (and int8's, where asked for):
+    # y moves by about 0.2 % in bf16 when a step's rows cross max_rows, by nothing elsewhere.
     scales, offsets = scales.to(dtype), offsets.to(dtype)
     weight = _dequantize(q, scales, offsets)
     int8_activations &= has_int8_kernel(device, dtype)

@@ -1,5 +1,7 @@
 """Every linear kernel against float64 arithmetic on the values it was given, few rows and many."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -74,6 +76,15 @@ def test_int4_extremes_of_q_and_zero() -> None:
     x = normal(2, 64).bfloat16()
     expected = linear64(x, dequantize(q, zeros, scales).t(), None)
     assert relative_error(int4_linear(x, weight, None), expected) < TOLERANCE[torch.bfloat16]
+
+
+def test_int4_forms_differ_by_one_rounding() -> None:
+    """What a row's result may move by when other rows join its step."""
+    weight, _ = quantized(256, 1024, 128, torch.bfloat16)
+    assert weight.few_rows is not None
+    x = normal(weight.few_rows.max_rows, 1024, seed=1).bfloat16()
+    many = int4_linear(x, replace(weight, few_rows=None), None).double()
+    assert 0 < relative_error(int4_linear(x, weight, None), many) < 4e-3
 
 
 @needs_int8
