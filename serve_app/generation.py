@@ -158,6 +158,14 @@ class Generation:
         return delta
 
 
+def num_scores(deltas: Sequence[Delta]) -> int:
+    """How many log probabilities there are to describe."""
+    entries = [
+        e for delta in deltas for e in (*(delta.logprobs or ()), *(delta.prompt_logprobs or ()))
+    ]
+    return sum(1 + len(entry.top_token_ids) for entry in entries if entry is not None)
+
+
 class _Choice:
     """One sequence: its text, counters and times."""
 

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from ray import serve
 
 from engine.config import EngineConfig
+from engine.errors import CheckpointError
 from serve_app.async_engine import AsyncEngine
 from serve_app.http_app import create_http_app
 from serve_app.metrics import Metrics
@@ -39,9 +40,14 @@ class LLMReplica:
         # transformers would cost that process 4 s.
         from engine.ray_group import EngineGroup
 
-        tokenizer, group = await asyncio.gather(
-            asyncio.to_thread(_load_tokenizer, config.model), EngineGroup.start(config)
-        )
+        starting = asyncio.ensure_future(EngineGroup.start(config))
+        try:
+            tokenizer = await asyncio.to_thread(_load_tokenizer, config.model)
+        except CheckpointError:
+            starting.cancel()
+            await asyncio.wait([starting])  # until its actors are gone
+            raise
+        group = await starting
         metrics = Metrics(model_name, group.info.session_len)
         self._model = ServedModel(
             name=model_name,

@@ -1,6 +1,7 @@
 """The replica in this process: the class Serve runs, its application and a real engine actor."""
 
 import asyncio
+import itertools
 import json
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError, EngineDeadError
 from serve_app.app import AppArgs, build_app
 from serve_app.replica import LLMReplica
-from serve_app.served_model import Limits
+from serve_app.served_model import INLINE_SIZE, Limits
 from tests.stub_engine import client_of
 
 T = TypeVar("T")
@@ -30,8 +31,9 @@ class RunningReplica:
         settings = {"model": str(checkpoint), "dtype": "float32", "device": "cpu"}
         config = EngineConfig.from_dict({**settings, "cache_max_entry_count": 64})
         deployment: Any = LLMReplica  # the decorator made it a Deployment
-        cls = deployment.func_or_class
-        self.replica = cls.__new__(cls)
+        # Serve awaits the class's own __del__; nobody would here.
+        cls: Any = type("Replica", (deployment.func_or_class,), {"__del__": lambda self: None})
+        self.replica: Any = cls.__new__(cls)
         await self.replica.__init__(config, "tiny", Limits(1_000_000, 8))
         self._app = self.replica.__serve_build_asgi_app__()
         self._lifespan = self._app.router.lifespan_context(self._app)
@@ -102,6 +104,18 @@ def round_4(text: str) -> float:
     return round(float(text), 3)
 
 
+def test_much_that_is_asked_for_is_made_in_threads(running: RunningReplica) -> None:
+    words = ["".join(letters) for letters in itertools.product("abcde", repeat=5)][:1000]
+    body = {**COMPLETION, "prompt": ["abc " * 60] * 4, "bad_words": words}
+    body |= {"echo": True, "logprobs": 20}
+    answer = running.post("/v1/completions", **body).json()
+    first, *others = [choice["logprobs"] for choice in answer["choices"]]
+    assert len(first["tokens"]) * 21 * 4 > INLINE_SIZE
+    for other in others:
+        assert other["text_offset"] == first["text_offset"]
+        assert other["tokens"] == first["tokens"]
+
+
 def test_a_chat_streams_its_usage_as_it_goes(running: RunningReplica) -> None:
     events = running.stream(
         "/v1/chat/completions",
@@ -120,7 +134,9 @@ def test_a_chat_streams_its_usage_as_it_goes(running: RunningReplica) -> None:
 @pytest.mark.parametrize("size", [1, 4000])
 def test_long_and_short_prompts_are_encoded_alike(running: RunningReplica, size: int) -> None:
     text = "ab " * size
-    tokens = running.post("/tokenize", prompt=text).json()["tokens"]
+    tokenized = running.post("/tokenize", prompt=text, return_token_strs=True).json()
+    tokens = tokenized["tokens"]
+    assert "".join(tokenized["token_strs"]) == text
     assert running.post("/detokenize", tokens=tokens).json()["prompt"] == text
     body = {"model": "tiny", "messages": [{"role": "user", "content": text}]}
     tokens = running.post("/tokenize", **body).json()["tokens"]

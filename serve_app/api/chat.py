@@ -10,7 +10,7 @@ from starlette.responses import Response
 from serve_app.api.body import read_body, served_model
 from serve_app.api.chunks import ChunkFrame, quote
 from serve_app.api.event_stream import EventStream
-from serve_app.generation import Delta, Generation
+from serve_app.generation import Delta, Generation, num_scores
 from serve_app.protocol import refused
 from serve_app.protocol.chat import (
     AssistantMessage,
@@ -36,8 +36,10 @@ async def create_chat_completion(request: Request) -> Response:
     if body.stream:
         return EventStream(generation, ChatChunks(model, generation, body))
     answers = await generation.run()
-    completion = _completion(model, body, generation, answers)
-    return Response(completion.model_dump_json(), media_type="application/json")
+    completion = await model.run(
+        lambda: _completion(model, body, generation, answers), num_scores(answers)
+    )
+    return Response(completion, media_type="application/json")
 
 
 async def _generation(model: ServedModel, body: ChatCompletionRequest) -> Generation:
@@ -45,7 +47,11 @@ async def _generation(model: ServedModel, body: ChatCompletionRequest) -> Genera
     model.check_name(body.model)
     body.check_stream_options()
     max_tokens = body.token_limit()
-    params = body.sampling_params(model, max_tokens=max_tokens, logprobs=body.num_logprobs())
+    num_logprobs = body.num_logprobs()
+    params = await model.run(
+        lambda: body.sampling_params(model, max_tokens=max_tokens, logprobs=num_logprobs),
+        body.num_bad_characters,
+    )
     model.check_num_sequences(1, params.n)
     prompt = await model.render_chat(
         to_template(body.messages, model.tokenizer.chat_template),
@@ -67,7 +73,7 @@ async def _generation(model: ServedModel, body: ChatCompletionRequest) -> Genera
 
 def _completion(
     model: ServedModel, body: ChatCompletionRequest, generation: Generation, answers: list[Delta]
-) -> ChatCompletion:
+) -> str:
     scores = answers[0].prompt_logprobs
     return ChatCompletion(
         id=generation.request_id,
@@ -77,7 +83,7 @@ def _completion(
         usage=Usage.of(generation.counts()),
         prompt_logprobs=None if scores is None else prompt_logprobs(model.tokenizer, scores),
         prompt_token_ids=generation.prompts[0] if body.return_token_ids else None,
-    )
+    ).model_dump_json()
 
 
 def _choice(model: ServedModel, body: ChatCompletionRequest, answer: Delta) -> ChatChoice:

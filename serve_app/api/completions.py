@@ -12,7 +12,7 @@ from serve_app.api.body import read_body, served_model
 from serve_app.api.chunks import ChunkFrame, quote
 from serve_app.api.event_stream import EventStream
 from serve_app.errors import invalid
-from serve_app.generation import Delta, Generation
+from serve_app.generation import Delta, Generation, num_scores
 from serve_app.protocol import refused
 from serve_app.protocol.completions import (
     DEFAULT_MAX_TOKENS,
@@ -42,32 +42,44 @@ async def create_completion(request: Request) -> Response:
     if body.stream:
         return EventStream(generation, CompletionChunks(generation, body, texts))
     answers = await generation.run()
-    completion = Completion(
+    completion = await model.run(
+        lambda: _completion(model, body, generation, texts, answers), num_scores(answers)
+    )
+    return Response(completion, media_type="application/json")
+
+
+def _completion(
+    model: ServedModel,
+    body: CompletionRequest,
+    generation: Generation,
+    texts: "_Texts",
+    answers: list[Delta],
+) -> str:
+    return Completion(
         id=generation.request_id,
         created=int(time.time()),
         model=model.name,
         choices=[_choice(model, body, generation, texts, answer) for answer in answers],
         usage=Usage.of(generation.counts()),
-    )
-    return Response(completion.model_dump_json(), media_type="application/json")
+    ).model_dump_json()
 
 
 async def _generation(model: ServedModel, body: CompletionRequest) -> tuple[Generation, list[str]]:
     """The request as sequences, and what echo puts before each prompt's choices."""
     model.check_name(body.model)
     body.check_stream_options()
-    params = _sampling_params(model, body)
+    params = await model.run(lambda: _sampling_params(model, body), body.num_bad_characters)
     prompts = body.prompt_list()
     if not prompts:
         raise invalid("prompt is empty; it needs at least one token", "prompt")
     model.check_num_sequences(len(prompts), params.n)
-    token_ids = [body.truncate(await _encode(model, body, prompt)) for prompt in prompts]
+    token_ids = [body.truncate(ids) for ids in await _encode(model, body, prompts)]
     for ids in token_ids:
         model.check_token_ids(ids, "prompt")
         model.check_length(len(ids), body.max_tokens, "prompt")
     echoes = ["" for _ in prompts]
     if body.echo:
-        echoes = [await model.decode(ids, params.skip_special_tokens) for ids in token_ids]
+        echoes = await model.decode(token_ids, params.skip_special_tokens)
     generation = Generation(
         model,
         token_ids,
@@ -92,11 +104,11 @@ def _sampling_params(model: ServedModel, body: CompletionRequest) -> SamplingPar
 
 
 async def _encode(
-    model: ServedModel, body: CompletionRequest, prompt: str | list[int]
-) -> list[int]:
-    if isinstance(prompt, list):
-        return prompt
-    return await model.encode(prompt, body.add_special_tokens is not False)
+    model: ServedModel, body: CompletionRequest, prompts: list[str] | list[list[int]]
+) -> list[list[int]]:
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    encoded = await model.encode(texts, body.add_special_tokens is not False)
+    return encoded + [prompt for prompt in prompts if not isinstance(prompt, str)]
 
 
 def _choice(

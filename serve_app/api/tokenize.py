@@ -25,12 +25,17 @@ async def tokenize(request: Request) -> TokenizeResponse:
         model.check_name(body.model)
     body.check()
     token_ids = await _encode(model, body)
-    texts = [model.tokenizer.token_text(token_id) for token_id in token_ids]
+    texts: list[str] | None = None
+    if body.return_token_strs:
+        texts = await model.run(
+            lambda: [model.tokenizer.token_text(token_id) for token_id in token_ids],
+            len(token_ids),
+        )
     return TokenizeResponse(
         count=len(token_ids),
         max_model_len=model.info.session_len,
         tokens=token_ids,
-        token_strs=texts if body.return_token_strs else None,
+        token_strs=texts,
     )
 
 
@@ -42,12 +47,14 @@ async def detokenize(request: Request) -> DetokenizeResponse:
     if body.model is not None:
         model.check_name(body.model)
     model.check_token_ids(body.tokens, "tokens")
-    return DetokenizeResponse(prompt=await model.decode(body.tokens, False))
+    (prompt,) = await model.decode([body.tokens], False)
+    return DetokenizeResponse(prompt=prompt)
 
 
 async def _encode(model: ServedModel, body: TokenizeRequest) -> list[int]:
     if body.prompt is not None:
-        return await model.encode(body.prompt, body.add_special_tokens is not False)
+        (token_ids,) = await model.encode([body.prompt], body.add_special_tokens is not False)
+        return token_ids
     assert body.messages is not None
     continues = bool(body.continue_final_message)
     return await model.render_chat(

@@ -25,13 +25,13 @@ class CompletionRequest(SamplingFields):
     echo: Annotated[bool | None, Field(description="true or false")] = None
     add_special_tokens: Annotated[bool | None, Field(description="true or false")] = None
 
-    def prompt_list(self) -> list[str | list[int]]:
-        """One entry per prompt."""
+    def prompt_list(self) -> list[str] | list[list[int]]:
+        """One entry per prompt; all are text or all are token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
             return [self.prompt]
-        return list(cast(list[str | list[int]], self.prompt))
+        return cast(list[str] | list[list[int]], self.prompt)
 
 
 class CompletionChoice(BaseModel):

@@ -118,6 +118,11 @@ class SamplingFields(Strict):
         return token_ids[-keep:]
 
     @property
+    def num_bad_characters(self) -> int:
+        """What encoding bad_words costs, in characters."""
+        return 2 * sum(map(len, self.bad_words or ()))
+
+    @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
