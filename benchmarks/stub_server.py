@@ -14,6 +14,7 @@ from benchmarks.stub_executor import STEP_MS
 from engine.errors import MantaError
 from serve_app import launch_env
 from serve_app.launch_plan import LaunchPlan, make_plan
+from serve_app.processes import Guard
 
 PACED_STEP_MS = 10.0
 DEFAULT_PROXY = {
@@ -27,11 +28,12 @@ def main(proxy: str, port: int) -> None:
     started = time.monotonic()
     if proxy == "default":
         os.environ.update(DEFAULT_PROXY)
-    launch_env.set_local_defaults(os.environ, verbose=False)
-    from serve_app import launch
+    with Guard() as guard:
+        launch_env.set_local_defaults(os.environ, guard.run_dir, verbose=False)
+        from serve_app import launch
 
-    plan = stub_plan(port)
-    launch.run(plan, address=None, dashboard=False, verbose=False, started=started)
+        plan = stub_plan(port)
+        launch.run(plan, address=None, dashboard=False, verbose=False, started=started)
 
 
 def stub_plan(port: int) -> LaunchPlan:

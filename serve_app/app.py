@@ -5,15 +5,13 @@ process of Serve's own; knows no HTTP.
 """
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
-from pydantic import BaseModel, ConfigDict, Field
 from ray.serve import Application
 
 from engine.config import EngineConfig
-from engine.errors import ConfigError
+from serve_app.app_args import AppArgs
 from serve_app.replica import LLMReplica
 from serve_app.served_model import Limits
 
@@ -22,22 +20,9 @@ CPU_REPLICA, CPU_RANK = 0.1, 0.4
 GPU_REPLICA, GPU_RANK = 1.0, 1.0
 
 
-class AppArgs(BaseModel):
-    """`args` of the application."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    engine: str | dict[str, Any]  # path of an engine config, or its settings
-    model_name: str | None = None  # what clients call it; default: the checkpoint directory's name
-    cpus_per_replica: float | None = Field(default=None, gt=0)
-    cpus_per_rank: float | None = Field(default=None, gt=0)
-    max_body_bytes: int = Field(default=32 * 1024**2, ge=1024)
-    max_sequences_per_request: int = Field(default=128, ge=1)  # prompts × n
-
-
 def build_app(args: AppArgs) -> Application:
-    """ConfigError when the args or the engine's settings cannot work."""
-    config = _engine_config(args.engine)
+    """ConfigError or CheckpointError when the args or the engine's settings cannot work."""
+    config = _with_device(args.engine_config())
     on_gpu = config.device == "cuda"
     replica = {"CPU": args.cpus_per_replica or (GPU_REPLICA if on_gpu else CPU_REPLICA)}
     rank = {"CPU": args.cpus_per_rank or (GPU_RANK if on_gpu else CPU_RANK)}
@@ -51,28 +36,15 @@ def build_app(args: AppArgs) -> Application:
     )
     app: Application = deployment.bind(
         config=config,
-        model_name=args.model_name or Path(config.model).name,
+        model_name=args.served_name(config),
         limits=Limits(args.max_body_bytes, args.max_sequences_per_request),
     )
     return app
 
 
-def _engine_config(engine: str | dict[str, Any]) -> EngineConfig:
-    """The settings with absolute paths and a definite device."""
-    if isinstance(engine, str):
-        config = EngineConfig.from_yaml(_resolve(engine))
-    else:
-        config = EngineConfig.from_dict(engine, "args.engine")
-    device = config.device
-    if device == "auto":
-        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        device = "cuda" if resources.get("GPU", 0) >= config.tp else "cpu"
-    return replace(config, model=str(_resolve(config.model)), device=device)
-
-
-def _resolve(path: str) -> Path:
-    """Relative to the working directory, else to the directory that holds this package."""
-    for base in (Path.cwd(), Path(__file__).resolve().parent.parent):
-        if (found := base / path).exists():
-            return found
-    raise ConfigError(f"{path} does not exist, neither here ({Path.cwd()}) nor beside serve_app")
+def _with_device(config: EngineConfig) -> EngineConfig:
+    """`auto` becomes cuda when the cluster has a GPU for every rank."""
+    if config.device != "auto":
+        return config
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return replace(config, device="cuda" if resources.get("GPU", 0) >= config.tp else "cpu")

@@ -3,11 +3,11 @@
 Imports torch or Ray only once a command needs them: a wrong option is answered in 0.2 s.
 """
 
+import contextlib
 import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +18,7 @@ from engine.errors import ConfigError, MantaError
 from serve_app import launch_env
 from serve_app.launch_plan import default_model, make_plan
 from serve_app.ports import check_port
+from serve_app.processes import Guard
 
 app = typer.Typer(
     help="Serve int4 language models with Ray: an OpenAI endpoint from one command.",
@@ -100,14 +101,16 @@ def serve(
         named = os.environ.get("RAY_ADDRESS")
         address = None if named in (None, "", "local") else named
         verbose = log_level in ("debug", "info")
-        if address is None:
-            check_port(plan.host, plan.port)
-            launch_env.set_local_defaults(os.environ, verbose=verbose)
-        else:
-            launch_env.set_joining_defaults(os.environ, verbose=verbose)
-        from serve_app import launch
+        with contextlib.ExitStack() as ends:
+            if address is None:
+                check_port(plan.host, plan.port)
+                run_dir = ends.enter_context(Guard()).run_dir
+                launch_env.set_local_defaults(os.environ, run_dir, verbose=verbose)
+            else:
+                launch_env.set_joining_defaults(os.environ, verbose=verbose)
+            from serve_app import launch
 
-        launch.run(plan, address=address, dashboard=dashboard, verbose=verbose, started=started)
+            launch.run(plan, address=address, dashboard=dashboard, verbose=verbose, started=started)
 
 
 @app.command()
@@ -158,13 +161,13 @@ def main(
     pass
 
 
-@contextmanager
+@contextlib.contextmanager
 def _errors() -> Iterator[None]:
     """Our errors are for the user: one line and a non-zero exit, no traceback."""
     try:
         yield
     except MantaError as error:
-        typer.echo(f"manta: {error}", err=True)
+        typer.echo(f"manta: {' '.join(str(error).split())}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

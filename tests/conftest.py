@@ -58,7 +58,8 @@ def base_url(ray_cluster: None, tiny_checkpoint: Path) -> Iterator[str]:
     """The running application, on Ray Serve's default proxy."""
     from ray import serve
 
-    from serve_app.app import AppArgs, build_app
+    from serve_app.app import build_app
+    from serve_app.app_args import AppArgs
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

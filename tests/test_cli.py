@@ -1,11 +1,13 @@
 """The `manta` command without a server: help, refusals, plans, chat, check_env."""
 
 import io
+import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -18,9 +20,11 @@ from engine.sampling_params import SamplingParams
 from serve_app import check_env, launch_env
 from serve_app.chat import chat
 from serve_app.cli import app
-from serve_app.launch_plan import find_serve_config, make_plan
+from serve_app.launch_plan import make_plan
 from serve_app.ports import check_port, free_ports, listener
 from serve_app.progress import Progress
+from serve_app.serve_config import IMPORT_PATH, read_serve_config
+from serve_app.serve_schema import to_schema
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "models" / "demo-awq"
@@ -170,34 +174,148 @@ def test_a_given_model_does_not_get_the_demo_s_numbers(checkpoint: Path) -> None
     assert plan.engine == EngineConfig(model=str(checkpoint))
 
 
-def test_the_serve_config_of_the_working_directory_wins(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    app = {"name": "x", "import_path": "serve_app.app:build_app", "args": {}}
-    app["args"] = {"engine": {"model": checkpoint.name, "tp": 2}}
-    config = {"http_options": {"port": 8123}, "applications": [app]}
-    (tmp_path / "serve_config.yaml").write_text(yaml.safe_dump(config))
+def _write_config(path: Path, config: object) -> None:
+    (path / "serve_config.yaml").write_text(yaml.safe_dump(config))
+
+
+@pytest.fixture
+def config(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The content of a serve_config.yaml that works, in the working directory."""
     monkeypatch.chdir(tmp_path)
-    assert find_serve_config() == tmp_path / "serve_config.yaml"
+    engine = {"model": checkpoint.name, "tp": 2}
+    app = {"name": "x", "import_path": IMPORT_PATH, "args": {"engine": engine}}
+    return {"http_options": {"port": 8123}, "applications": [app]}
+
+
+def test_the_serve_config_of_the_working_directory_wins(
+    config: dict[str, Any], checkpoint: Path, tmp_path: Path
+) -> None:
+    _write_config(tmp_path, config)
+    assert read_serve_config()[0] == tmp_path / "serve_config.yaml"
     plan = make_plan()
     assert (plan.engine.model, plan.engine.tp, plan.port) == (str(checkpoint), 2, 8123)
-    config["applications"] = [app, app]
-    (tmp_path / "serve_config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(ConfigError, match="exactly one application"):
-        make_plan()
-    app["args"] = {"engine": {"model": "gone"}}
-    config["applications"] = [app]
-    (tmp_path / "serve_config.yaml").write_text(yaml.safe_dump(config))
+    assert plan.model_name == "some-model-awq"  # as build_app calls it without a model_name
+    config["applications"][0]["args"]["engine"] = {"model": "gone"}
+    _write_config(tmp_path, config)
     with pytest.raises(CheckpointError, match="no such directory"):
         make_plan()
+
+
+def test_a_foreign_serve_config_is_passed_over_aloud(
+    config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config["applications"][0]["import_path"] = "shop.app:build"
+    _write_config(tmp_path, config)
+    assert make_plan().engine.model == str(DEMO)
+    note = capsys.readouterr().err
+    assert f"{tmp_path / 'serve_config.yaml'} deploys shop.app:build and is not used" in note
+
+
+def test_sections_of_serve_config_may_be_empty(config: dict[str, Any], tmp_path: Path) -> None:
+    config |= {"http_options": None, "logging_config": None}
+    app = config["applications"][0]
+    app["deployments"] = None
+    del app["name"]
+    _write_config(tmp_path, config)
+    plan = make_plan(log_level="info")
+    assert (plan.app_name, plan.host, plan.port) == ("default", "127.0.0.1", 8000)
+    assert to_schema(plan.serve_config).applications[0].name == "default"
+    app["deployments"] = [{"name": "LLMReplica", "num_replicas": "auto"}]
+    _write_config(tmp_path, config)
+    plan = make_plan()
+    assert plan.num_replicas == 1  # at the start
+    assert to_schema(plan.serve_config).applications[0].deployments[0].num_replicas == "auto"
+
+
+def _at(*path: str | int, **values: object) -> Callable[[dict[str, Any]], object]:
+    """An edit of a config: these values at that place."""
+
+    def edit(config: Any) -> object:
+        for key in path:
+            config = config[key]
+        return config.update(values)
+
+    return edit
+
+
+APP = ("applications", 0)
+
+
+def _replica(**values: object) -> Callable[[dict[str, Any]], object]:
+    return _at(*APP, deployments=[{"name": "LLMReplica", **values}])
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (_at(applications=None), "`applications` must be a list of one mapping, got None"),
+        (_at(applications=["foo"]), "`applications` must be a list of one mapping, got ['foo']"),
+        (_at(applications=[{}, {"import_path": IMPORT_PATH}]), "deployed with `serve run`"),
+        (_at(http_options=[1]), "`http_options` must be a mapping, got [1]"),
+        (_at("http_options", port="a"), "port must be between 0 and 65535, got 'a'"),
+        (_at("http_options", port=70000), "port must be between 0 and 65535, got 70000"),
+        (_at("http_options", host=1), "http_options.host must be an address, got 1"),
+        (_at(*APP, args=None), "args.engine must be the path"),
+        (_at(*APP, args={"engine": 3}), "args.engine must be the path"),
+        (_at(*APP, args=[1]), "`args` must be a mapping, got [1]"),
+        (_at(*APP, "args", model_nam="x"), "args.model_nam is no key of it; did you mean 'model_n"),
+        (_at(*APP, "args", max_body_bytes="x"), "args.max_body_bytes: Input should be a valid int"),
+        (_at(*APP, "args", "engine", max_num_seq=1), "did you mean 'max_num_seqs'?"),
+        (_at(*APP, deployments={"a": 1}), "`deployments` must be a list"),
+        (_at(*APP, deployments=["LLMReplic"]), "did you mean 'LLMReplica'?"),
+        (_at(*APP, deployments=[{"name": "other"}]), "no deployment 'other'"),
+        (_at(http_option={}), "unknown key http_option; did you mean 'http_options'?"),
+        (_at("http_options", prt=1), "unknown key http_options.prt; did you mean 'port'?"),
+        (_at(logging_config={"level": 1}), "unknown key logging_config.level; did you mean"),
+        (_at(logging_config={"log_level": "LOUD"}), 'Got "LOUD" for log_level'),
+        (_at(proxy_location="Nowhere"), "proxy_location: Input should be 'Disabled', 'HeadOnly'"),
+        (_at(*APP, route_prefx="/"), "applications.0.route_prefx; did you mean 'route_prefix'?"),
+        (_replica(num_replica=2), "LLMReplica.num_replica; did you mean 'num_replicas'?"),
+        (_replica(num_replicas="three"), 'must be an int or "auto", but got: three'),
+        (_replica(num_replicas=0), "Input should be greater than 0, got 0"),
+        (_replica(ray_actor_options={"num_cpu": 1}), "did you mean 'num_cpus'?"),
+        (_replica(autoscaling_config={"min_replica": 1}), "did you mean 'min_replicas'?"),
+    ],
+)
+def test_a_mistake_in_serve_config_is_said_in_one_line(
+    edit: Callable[[dict[str, Any]], object], reason: str, config: dict[str, Any], tmp_path: Path
+) -> None:
+    edit(config)
+    _write_config(tmp_path, config)
+    with pytest.raises(ConfigError) as raised:
+        to_schema(make_plan().serve_config)
+    assert reason in str(raised.value)
+    assert "serve_config.yaml" in str(raised.value) or "args.engine" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"a: [", "cannot read"),
+        (b"a: b: c", "mapping values are not allowed here"),
+        (b"\xff\xfe\x00", "cannot read"),
+        (b"", "must be a mapping with `applications`, got None"),
+        (b"- 1", "must be a mapping with `applications`, got [1]"),
+    ],
+)
+def test_a_serve_config_that_is_none_ends_the_command(
+    content: bytes, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "serve_config.yaml").write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    code, text = manta("serve")
+    assert code == 1
+    assert text.startswith("manta: ")
+    assert reason in text
+    assert text.count("\n") == 1
 
 
 # -- the environment ----------------------------------------------------------------------------
 
 
-def test_the_user_s_variables_win() -> None:
+def test_the_user_s_variables_win(tmp_path: Path) -> None:
     environ = {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_AUTH_MODE": "disabled"}
-    launch_env.set_local_defaults(environ, verbose=False)
+    launch_env.set_local_defaults(environ, tmp_path, verbose=False)
     assert environ["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
     assert environ["RAY_AUTH_MODE"] == "disabled"
     assert environ["RAY_SERVE_LOG_TO_STDERR"] == "0"
@@ -216,6 +334,28 @@ def test_joining_leaves_serve_s_flags_to_the_cluster(
     environ = {"RAY_AUTH_TOKEN": "secret"}
     launch_env.set_joining_defaults(environ, verbose=True)
     assert environ["RAY_AUTH_MODE"] == "token"
+
+
+def test_haproxy_s_own_pages_are_for_this_machine_only(tmp_path: Path) -> None:
+    """Under the two spellings of Serve's template; a frontend says where it listens."""
+    environ = {"PATH": os.environ["PATH"]}
+    launch_env.set_local_defaults(environ, tmp_path, verbose=False)
+    assert Path(environ["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent == tmp_path
+    frontends = "  bind 0.0.0.0:8000\n  bind :::8000\n  bind ::1:8000\n"
+    (tmp_path / "cfg").write_text("    bind :9101\n  bind *:8404\n" + frontends)
+    command: list[str | Path] = [
+        environ["RAY_SERVE_HAPROXY_BINARY_PATH"],
+        "-db",
+        "-f",
+        tmp_path / "cfg",
+        "-x",
+        "a b",
+    ]
+    environ["MANTA_HAPROXY"] = "echo"
+    done = subprocess.run(command, env=environ, check=True, capture_output=True, text=True)
+    assert done.stdout == f"-db -f {tmp_path / 'cfg'} -x a b\n"
+    own = "    bind 127.0.0.1:9101\n  bind 127.0.0.1:8404\n"
+    assert (tmp_path / "cfg").read_text() == own + frontends
 
 
 def test_free_ports_differ() -> None:

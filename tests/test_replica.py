@@ -12,7 +12,8 @@ import pytest
 
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError, EngineDeadError
-from serve_app.app import AppArgs, build_app
+from serve_app.app import build_app
+from serve_app.app_args import AppArgs
 from serve_app.replica import LLMReplica
 from serve_app.served_model import INLINE_SIZE, Limits
 from tests.stub_engine import client_of
@@ -150,6 +151,9 @@ def test_long_and_short_prompts_are_encoded_alike(running: RunningReplica, size:
         ("/v1/completions", {**COMPLETION, "prompt": []}, 400),
         ("/v1/completions", {**COMPLETION, "prompt": [[]]}, 400),
         ("/v1/completions", {**COMPLETION, "prompt": [999]}, 400),
+        ("/v1/completions", {**COMPLETION, "prompt": [-1], "echo": True}, 400),
+        ("/v1/completions", {**COMPLETION, "prompt": "a", "stop_token_ids": [300]}, 400),
+        ("/v1/completions", {**COMPLETION, "prompt": "a", "stream": True, "n": 0}, 400),
         ("/v1/completions", {**COMPLETION, "prompt": "a " * 100_000}, 400),
         ("/v1/completions", {**COMPLETION, "prompt": ["a"] * 9}, 400),
         ("/v1/completions", {**COMPLETION, "prompt": "a", "model": "b"}, 404),
@@ -191,7 +195,7 @@ def test_an_engine_config_file_is_found_beside_the_package(
     (tmp_path / "engine.yaml").write_text(f"model: {tiny_checkpoint}\ndevice: cpu\n")
     monkeypatch.chdir(tmp_path)
     assert len(_bundles(AppArgs(engine="engine.yaml"))) == 2
-    with pytest.raises(ConfigError, match=r"other\.yaml does not exist"):
+    with pytest.raises(ConfigError, match=r"cannot read engine config .*other\.yaml"):
         build_app(AppArgs(engine="other.yaml"))
 
 

@@ -1,0 +1,63 @@
+"""The Ray cluster `manta serve` runs on: one of its own on this machine, or one it joins.
+
+Import it after the environment is set (launch_env): Ray reads its variables at import.
+"""
+
+import logging
+import os
+from typing import Any
+
+import ray
+
+from engine.errors import ConfigError, MantaError
+from serve_app.launch_plan import LaunchPlan
+
+
+class LaunchError(MantaError):
+    """The application cannot be served; the message is the reason."""
+
+
+def join(address: str, *, verbose: bool) -> None:
+    try:
+        ray.init(address, **_options(verbose))
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise LaunchError(f"cannot join the Ray cluster at {address}: {error}") from error
+
+
+def start(plan: LaunchPlan, *, dashboard: bool, verbose: bool) -> str | None:
+    """A cluster of this process, never the machine's default one. How to look into it."""
+    # Ray's CPUs are tickets, not cores: a machine with fewer cores than processes still serves.
+    cores = len(os.sched_getaffinity(0))
+    num_cpus = max(cores, plan.num_ranks + plan.num_replicas)
+    try:
+        context = ray.init(
+            "local", include_dashboard=dashboard, num_cpus=num_cpus, **_options(verbose)
+        )
+    except Exception as error:  # no narrower: that is what ray.init raises when a process is late
+        raise LaunchError(
+            f"Ray did not start: {error} (on a busy machine try again; its logs are in "
+            "/tmp/ray/session_latest/logs)"
+        ) from error
+    _check_gpus(plan)
+    if not dashboard:
+        return None
+    settings = f"RAY_ADDRESS={ray.get_runtime_context().gcs_address}"
+    if os.environ["RAY_AUTH_MODE"] == "token":
+        settings = f"RAY_AUTH_MODE=token {settings}"
+    return f"Ray's dashboard is at http://{context.dashboard_url}; {settings} ray list actors"
+
+
+def _options(verbose: bool) -> dict[str, Any]:
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    return {"namespace": "serve", "log_to_driver": verbose, "logging_level": logging.ERROR}
+
+
+def _check_gpus(plan: LaunchPlan) -> None:
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    num_gpus = int(resources.get("GPU", 0))
+    if plan.engine.device == "cuda" and num_gpus < plan.num_ranks:
+        raise ConfigError(
+            f"{plan.num_replicas} replicas of tp {plan.engine.tp} need {plan.num_ranks} GPUs and "
+            f"this machine has {num_gpus}; lower --tp or --num-replicas, use --device cpu, or set "
+            "RAY_ADDRESS to a cluster that has them"
+        )
