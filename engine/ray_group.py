@@ -120,11 +120,10 @@ class EngineGroup:
         """
         actors = [_create(config, rank) for rank in range(config.tp)]
         try:
-            address = await actors[0].address.remote()
-            infos = await asyncio.gather(*[actor.start.remote(address) for actor in actors])
-        except (RayTaskError, RayActorError) as error:
-            _kill(actors)
-            raise _cause(error) from error
+            address = await _reply(actors[0].address.remote())
+            infos = await asyncio.gather(
+                *[_reply(actor.start.remote(address), rank) for rank, actor in enumerate(actors)]
+            )
         except BaseException:
             _kill(actors)
             raise
@@ -184,30 +183,36 @@ def _create(config: EngineConfig, rank: int) -> Actor:
     return handle
 
 
-async def _reply(ref: Any) -> Any:
-    """The result of an actor call, with Ray's wrapping taken off its errors."""
+async def _reply(ref: Any, rank: int = 0) -> Any:
+    """The result of a call to a rank, or the engine's own error, or EngineDeadError.
+
+    Ray's report (process, exit type, last words) is that error's cause.
+    """
     try:
         return await ref
-    except (RayTaskError, RayActorError) as error:
-        raise _cause(error) from error
+    except RayTaskError as error:
+        if isinstance(error.cause, MantaError):
+            raise error.cause from error
+        reason = f"engine rank {rank} failed: {type(error.cause).__name__}: {error.cause}"
+        raise EngineDeadError(reason) from error
+    except RayActorError as error:
+        raise EngineDeadError(f"engine rank {rank} died") from error
 
 
 async def _first_death(actors: list[Actor]) -> EngineDeadError:
     """Resolves when a rank dies: its parked call ends with the reason."""
-    parked = [asyncio.ensure_future(_reply(actor.park.remote())) for actor in actors]
+    parked = [
+        asyncio.ensure_future(_reply(actor.park.remote(), rank))
+        for rank, actor in enumerate(actors)
+    ]
     try:
         done, _ = await asyncio.wait(parked, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for call in parked:
             call.cancel()
-    rank = parked.index(done.pop())
-    return EngineDeadError(f"engine rank {rank} died: {parked[rank].exception()}")
-
-
-def _cause(error: RayTaskError | RayActorError) -> Exception:
-    if isinstance(error, RayTaskError) and isinstance(error.cause, MantaError):
-        return error.cause
-    return EngineDeadError(str(error))
+    death = done.pop().exception()
+    assert isinstance(death, EngineDeadError)
+    return death
 
 
 def _kill(actors: list[Actor]) -> None:

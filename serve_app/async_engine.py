@@ -6,6 +6,7 @@ everything runs on the loop that created it. Knows no text and no HTTP.
 """
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,12 @@ from engine.sequence import EngineRequest
 
 if TYPE_CHECKING:
     from engine.ray_group import EngineGroup
+
+logger = logging.getLogger("ray.serve")
+
+
+class ShuttingDownError(EngineDeadError):
+    """The replica ended its engine: the server stops, or this replica is not needed any more."""
 
 
 class OpenRequest:
@@ -113,7 +120,7 @@ class AsyncEngine:
     def stop(self) -> None:
         """End the engine actors; requests that are still open fail."""
         self._poll_task.cancel()
-        self._fail(EngineDeadError("the replica is shutting down"))
+        self._fail(ShuttingDownError("the replica is shutting down"))
         self._group.stop()
 
     # -- the loop ---------------------------------------------------------------------------
@@ -158,6 +165,8 @@ class AsyncEngine:
         """Any call that fails means that the engine is gone, whatever the reason."""
         if task.cancelled() or (error := task.exception()) is None:
             return
+        if self._failure is None:
+            logger.error("the engine is gone", exc_info=error)  # with Ray's report of the process
         if not isinstance(error, EngineDeadError):
             error = EngineDeadError(f"{type(error).__name__}: {error}")
         self._fail(error)

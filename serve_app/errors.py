@@ -10,8 +10,10 @@ import json
 from starlette.responses import Response
 
 from engine.errors import EngineDeadError, InvalidRequestError, MantaError, QueueFullError
+from serve_app.async_engine import ShuttingDownError
 
 RESTART_S = 5  # Retry-After while Serve restarts a replica; one took 2.3 to 4.9 s
+SHOWN = 60  # characters of an offending value
 
 
 class ApiError(Exception):
@@ -52,6 +54,16 @@ def unsupported(param: str, detail: str = "") -> ApiError:
     return invalid(f"{param} is not supported by this server{detail}", param, "unsupported")
 
 
+def shown(value: object) -> str:
+    """A client's value as a message repeats it: short, whatever its size."""
+    if isinstance(value, list):
+        return "a list"
+    if isinstance(value, dict):
+        return "an object"
+    text = repr(value[: SHOWN + 1] if isinstance(value, str) else value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
 def from_engine(error: MantaError) -> ApiError:
     """What a client is told about an error of the engine."""
     if isinstance(error, InvalidRequestError):
@@ -64,12 +76,18 @@ def from_engine(error: MantaError) -> ApiError:
             code="queue_full",
             headers={"Retry-After": str(error.retry_after)},
         )
-    if isinstance(error, EngineDeadError):
-        return ApiError(
-            503,
-            f"the engine stopped and is being restarted: {error}",
-            kind="service_unavailable_error",
-            code="engine_dead",
-            headers={"Retry-After": str(RESTART_S)},
-        )
+    if isinstance(error, ShuttingDownError):
+        return _unavailable("this server is shutting down", "shutting_down")
+    if isinstance(error, EngineDeadError):  # why is for the replica's log: it names hosts and paths
+        return _unavailable("the engine stopped and is being restarted", "engine_dead")
     return ApiError(500, str(error), kind="server_error")
+
+
+def _unavailable(message: str, code: str) -> ApiError:
+    return ApiError(
+        503,
+        f"{message}; try again in {RESTART_S} s",
+        kind="service_unavailable_error",
+        code=code,
+        headers={"Retry-After": str(RESTART_S)},
+    )
