@@ -1,7 +1,8 @@
 """Tokenizer: text to token ids and back, as the checkpoint's tokenizer files say.
 
-Wraps the fast tokenizer transformers loads. Calls go to its Rust backend, which releases the GIL
-and is safe from any thread, because nothing here changes its state after loading.
+Wraps the fast tokenizer transformers loads. Calls go to its Rust backend, which is safe from any
+thread, because nothing here changes its state after loading. Its batch calls release the GIL; the
+others keep it (1.4 s for 1 MiB of text).
 """
 
 import re
@@ -31,6 +32,7 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder()
         self._added_token_ids = frozenset(added)
         self.special_token_ids = frozenset(i for i, token in added.items() if token.special)
+        self.longest_token = max(map(len, self._backend.get_vocab()))  # characters
         self._token_bytes: dict[int, bytes] = {}
 
     @classmethod
@@ -57,12 +59,14 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids; special tokens are those the checkpoint adds by itself, such as bos."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text; bytes that are not UTF-8 become U+FFFD, ids outside the vocabulary nothing."""
-        text: str = self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        text: str
+        (text,) = self._backend.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)
         return text
 
     def render_chat(

@@ -5,6 +5,7 @@ The replica is its own ingress, so tokens cross no DeploymentHandle (8 µs per t
 """
 
 import asyncio
+import gc
 import time
 from typing import TYPE_CHECKING
 
@@ -58,7 +59,9 @@ class LLMReplica:
             engine=AsyncEngine(group, metrics.record_stats),
             metrics=metrics,
             limits=limits,
+            config=config,
         )
+        _calm_garbage_collector()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_http_app(self._model)
@@ -75,6 +78,17 @@ class LLMReplica:
             await asyncio.sleep(DRAIN_POLL_S)
         engine.stop()
         await asyncio.sleep(DRAIN_POLL_S)  # the error events are on their way
+
+
+def _calm_garbage_collector() -> None:
+    """Leave out the 150k objects of the start, and collect new ones less often.
+
+    Each collection stops all streams: while a body of 2 MiB of empty lists was read they took
+    0.8 s, then 0.1 s without the old objects, and 10 ms with a threshold of 50,000.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def _load_tokenizer(path: str) -> "Tokenizer":

@@ -1,6 +1,7 @@
 """ServedModel: everything a route needs of the one model behind it.
 
-Text to token ids without blocking the loop, the limits requests are held to, and the engine.
+Text to token ids without blocking the loop, the limits requests are held to, and the engine. What
+the engine checks (token ids, empty prompts, sampling parameters) is not checked here again.
 """
 
 import asyncio
@@ -8,22 +9,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from engine.config import EngineConfig
 from serve_app.async_engine import AsyncEngine
-from serve_app.errors import ApiError, invalid
+from serve_app.errors import ApiError, invalid, shown
 from serve_app.metrics import Metrics
+from serve_app.protocol.messages import Message, to_template
 
 if TYPE_CHECKING:
     from engine.executor import EngineInfo
     from engine.tokenizer import Tokenizer
 
 INLINE_SIZE = 2000  # takes about 1 ms; a hop to a thread and back costs 0.1 ms
+# Token ids in JSON take up to 8 bytes each, text about 4 per token and escaped text up to 12.
+BODY_BYTES_PER_TOKEN = 16
+MIN_BODY_BYTES = 1024 * 1024  # several prompts; whatever is in it, reading it takes some 60 ms
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    max_body_bytes: int
+    max_body_bytes: int | None  # None: what the context can need
     max_sequences: int  # prompts × n of one request
 
 
@@ -35,6 +41,12 @@ class ServedModel:
     engine: AsyncEngine
     metrics: Metrics
     limits: Limits
+    config: EngineConfig
+
+    @property
+    def max_body_bytes(self) -> int:
+        needed = max(MIN_BODY_BYTES, BODY_BYTES_PER_TOKEN * self.info.session_len)
+        return self.limits.max_body_bytes or needed
 
     @property
     def info(self) -> "EngineInfo":
@@ -45,7 +57,7 @@ class ServedModel:
         if name != self.name:
             raise ApiError(
                 404,
-                f"the model {name!r} does not exist; this server has {self.name!r}",
+                f"the model {shown(name)} does not exist; this server has {self.name!r}",
                 param="model",
                 code="model_not_found",
             )
@@ -64,8 +76,10 @@ class ServedModel:
         )
 
     async def decode(
-        self, token_ids: Sequence[Sequence[int]], skip_special_tokens: bool
+        self, token_ids: Sequence[Sequence[int]], skip_special_tokens: bool, param: str
     ) -> list[str]:
+        for ids in token_ids:
+            self._check_token_ids(ids, param)
         return await self.run(
             lambda: [self.tokenizer.decode(ids, skip_special_tokens) for ids in token_ids],
             sum(map(len, token_ids)),
@@ -73,7 +87,7 @@ class ServedModel:
 
     async def render_chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Message],
         *,
         add_generation_prompt: bool,
         continue_final_message: bool,
@@ -82,15 +96,15 @@ class ServedModel:
         """Token ids of a chat, in the checkpoint's template."""
         return await self.run(
             lambda: self.tokenizer.render_chat(
-                messages,
+                to_template(messages, self.tokenizer.chat_template),
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 chat_template_kwargs=chat_template_kwargs,
             ),
-            sum(len(message.get("content") or "") for message in messages),
+            sum(message.size for message in messages),
         )
 
-    def check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
+    def _check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
         """400 when an id lies outside the vocabulary."""
         for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
             if not 0 <= token_id < self.info.vocab_size:
@@ -100,12 +114,24 @@ class ServedModel:
                     param,
                 )
 
+    def check_text(self, num_characters: int, param: str) -> None:
+        """400 when a text is too long for the context even in the longest tokens there are.
+
+        Asked before it is turned into tokens, which takes up to 1.5 s per MiB.
+        """
+        limit = self.info.session_len * self.tokenizer.longest_token
+        if num_characters > limit:
+            raise invalid(
+                f"this model's context holds {self.info.session_len} tokens, which are at most "
+                f"{limit} characters; {param} has {num_characters}",
+                param,
+                "context_length_exceeded",
+            )
+
     def check_length(self, num_prompt_tokens: int, max_tokens: int | None, param: str) -> None:
         """400 when prompt and answer cannot fit the context together."""
         limit = self.info.session_len
         wanted = num_prompt_tokens + (max_tokens or 1)
-        if num_prompt_tokens == 0:
-            raise invalid("the prompt is empty; it needs at least one token", param)
         if wanted > limit:
             raise invalid(
                 f"this model's context holds {limit} tokens; the prompt has {num_prompt_tokens} "
@@ -115,10 +141,26 @@ class ServedModel:
             )
 
     def check_num_sequences(self, num_prompts: int, n: int) -> None:
-        """400 when one request asks for more sequences than one request may."""
-        if num_prompts * n > self.limits.max_sequences:
+        """400 when one request has more sequences than one may, or than can ever wait at once."""
+        limits = {
+            "max_sequences_per_request": self.limits.max_sequences,
+            "max_waiting_requests": self.config.max_waiting_requests,
+        }
+        name = min(limits, key=lambda name: limits[name])
+        if num_prompts * n > limits[name]:
             raise invalid(
                 f"{num_prompts} prompts with n={n} are {num_prompts * n} sequences; one request "
-                f"may have {self.limits.max_sequences}",
+                f"may have {limits[name]} ({name})",
                 "n" if num_prompts == 1 else "prompt",
+            )
+
+    def check_num_tokens(self, prompts: Sequence[Sequence[int]], n: int) -> None:
+        """400 when the sequences of one request can never wait at once; one alone always can."""
+        num_tokens = n * sum(map(len, prompts))
+        limit = self.config.max_waiting_tokens
+        if n * len(prompts) > 1 and num_tokens > limit:
+            raise invalid(
+                f"{n * len(prompts)} sequences have {num_tokens} prompt tokens together; one "
+                f"request may have {limit} (max_waiting_tokens)",
+                "n" if len(prompts) == 1 else "prompt",
             )

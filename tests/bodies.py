@@ -10,8 +10,6 @@ from typing import Any, cast
 import pytest
 
 from engine.tokenizer import Tokenizer
-from serve_app.api import chat as chat_api
-from serve_app.api import completions as completions_api
 from serve_app.errors import ApiError
 from serve_app.protocol.chat import ChatCompletionRequest
 from serve_app.protocol.completions import CompletionRequest
@@ -38,12 +36,12 @@ def served_model(**defaults: float) -> ServedModel:
 
 
 def parse_chat(**fields: Any) -> ChatCompletionRequest:
-    return parse(ChatCompletionRequest, json.dumps(CHAT | fields).encode(), chat_api.REFUSED)
+    return parse(ChatCompletionRequest, json.dumps(CHAT | fields).encode())
 
 
 def parse_completion(**fields: Any) -> CompletionRequest:
     body = json.dumps(COMPLETION | fields).encode()
-    return parse(CompletionRequest, body, completions_api.REFUSED)
+    return parse(CompletionRequest, body)
 
 
 def refusal(function: Any, *args: Any, **kwargs: Any) -> ApiError:

@@ -13,6 +13,7 @@ from typing import Any, cast
 import httpx
 from fastapi import FastAPI
 
+from engine.config import EngineConfig
 from engine.errors import EngineDeadError
 from engine.executor import EngineInfo
 from engine.outputs import EngineStats, SequenceOutput
@@ -34,6 +35,7 @@ INFO = EngineInfo(
     tp=1,
 )
 LIMITS = Limits(max_body_bytes=10_000, max_sequences=8)
+CONFIG = EngineConfig(model="tiny", max_waiting_requests=6, max_waiting_tokens=100)
 
 
 class StubGroup:
@@ -90,7 +92,8 @@ class StubGroup:
 def make_model(group: StubGroup, checkpoint: Path) -> ServedModel:
     metrics = Metrics("tiny", INFO.session_len)
     engine = AsyncEngine(cast(EngineGroup, group), metrics.record_stats)
-    return ServedModel("tiny", 0, Tokenizer.load(checkpoint), engine, metrics, LIMITS)
+    tokenizer = Tokenizer.load(checkpoint)
+    return ServedModel("tiny", 0, tokenizer, engine, metrics, LIMITS, CONFIG)
 
 
 @asynccontextmanager

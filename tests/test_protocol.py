@@ -8,8 +8,6 @@ from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
 from engine.errors import InvalidRequestError
-from serve_app.api import chat as chat_api
-from serve_app.api import completions as completions_api
 from serve_app.errors import ApiError
 from serve_app.protocol.chat import ChatCompletionRequest
 from serve_app.protocol.completions import CompletionRequest
@@ -39,8 +37,8 @@ def openai_fields(module: Any) -> set[str]:
 @pytest.mark.parametrize(
     ("module", "model", "refused"),
     [
-        (chat_create_params, ChatCompletionRequest, chat_api.REFUSED),
-        (completion_create_params, CompletionRequest, completions_api.REFUSED),
+        (chat_create_params, ChatCompletionRequest, ChatCompletionRequest.refused),
+        (completion_create_params, CompletionRequest, CompletionRequest.refused),
     ],
 )
 def test_every_field_of_the_openai_client_is_known(
@@ -52,7 +50,7 @@ def test_every_field_of_the_openai_client_is_known(
     assert not set(model.model_fields) & set(refused)
 
 
-@pytest.mark.parametrize("field", chat_api.REFUSED)
+@pytest.mark.parametrize("field", ChatCompletionRequest.refused)
 def test_a_refused_field_is_named(field: str) -> None:
     error = refusal(parse_chat, **{field: "anything"})
     assert (error.status, error.param, error.code) == (400, field, "unsupported")
@@ -61,7 +59,11 @@ def test_a_refused_field_is_named(field: str) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [(field, value) for field, values in chat_api.REFUSED.items() for value in (*values, None)],
+    [
+        (field, value)
+        for field, values in ChatCompletionRequest.refused.items()
+        for value in (*values, None)
+    ],
 )
 def test_a_refused_field_may_ask_for_nothing(field: str, value: Any) -> None:
     parse_chat(**{field: value})
@@ -86,7 +88,10 @@ def test_an_unknown_field_is_refused_with_the_nearest(field: str, hint: str) -> 
 
 def test_unknown_fields_inside_a_field_are_refused() -> None:
     error = refusal(parse_chat, stream_options={"include_usages": True})
-    assert error.param == "stream_options.include_usages"
+    assert (error.param, error.code) == ("stream_options.include_usages", "unknown_field")
+    assert str(error).endswith("did you mean 'include_usage'?")
+    error = refusal(parse_chat, messages=[{"rol": "user"}])
+    assert (error.param, error.code) == ("messages[0].rol", "unknown_field")
 
 
 # -- values ----------------------------------------------------------------------------------
@@ -101,7 +106,7 @@ def test_unknown_fields_inside_a_field_are_refused() -> None:
         ({"stream": "yes"}, "stream", "must be true or false; got 'yes'"),
         ({"stop": 3}, "stop", "must be a string or a list of them; got 3"),
         ({"stop": ["a", 3]}, "stop[1]", "must be a string; got 3"),
-        ({"logit_bias": [1]}, "logit_bias", "must be an object of token ids"),
+        ({"logit_bias": [1]}, "logit_bias", "must be an object of up to 1024 token ids"),
         ({"logit_bias": {"x": 1}}, "logit_bias.x", "must be an integer"),
         ({"messages": "Hi"}, "messages", "must be a list of messages, at least one; got 'Hi'"),
         ({"messages": [{}]}, "messages[0].role", "is missing"),
@@ -121,7 +126,15 @@ def test_a_wrong_value_is_named_with_what_is_allowed(
 
 @pytest.mark.parametrize(
     ("prompt", "param"),
-    [(3, "prompt"), (["a", 3], "prompt[1]"), ([[1], ["a"]], "prompt[1][0]"), ({}, "prompt")],
+    [
+        (3, "prompt"),
+        ({}, "prompt"),
+        ([True], "prompt"),
+        (["a", 3], "prompt[1]"),
+        ([1, "a"], "prompt[1]"),
+        ([[1], ["a"]], "prompt[1][0]"),
+        ([[1]] * 1025, "prompt"),
+    ],
 )
 def test_a_wrong_prompt_is_named(prompt: Any, param: str) -> None:
     assert refusal(parse_completion, prompt=prompt).param == param
@@ -198,7 +211,6 @@ def test_lists_that_cost_time_per_token_are_bounded(fields: dict[str, Any], para
         {"top_p": 0},
         {"n": 0},
         {"stop": ""},
-        {"stop_token_ids": [300]},
         {"allowed_token_ids": []},
         {"bad_words": [""]},
         {"prompt_logprobs": 21},

@@ -1,8 +1,7 @@
 """Reading a request's body: bounded, parsed, and off the loop when it is large."""
 
 import asyncio
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel
 from starlette.requests import Request
@@ -21,14 +20,12 @@ def served_model(request: Request) -> ServedModel:
     return model
 
 
-async def read_body(
-    request: Request, model: type[Model], refused: Mapping[str, tuple[Any, ...]] | None = None
-) -> Model:
+async def read_body(request: Request, model: type[Model]) -> Model:
     """ApiError 413 for a body beyond the limit, 400 for one that is not a `model`."""
-    body = await _read(request, served_model(request).limits.max_body_bytes)
+    body = await _read(request, served_model(request).max_body_bytes)
     if len(body) <= INLINE_BYTES:
-        return parse(model, body, refused)
-    return await asyncio.to_thread(parse, model, body, refused)
+        return parse(model, body)
+    return await asyncio.to_thread(parse, model, body)
 
 
 async def _read(request: Request, limit: int) -> bytes:
@@ -46,4 +43,4 @@ async def _read(request: Request, limit: int) -> bytes:
 
 
 def _too_large(limit: int) -> ApiError:
-    return ApiError(413, f"the body may have {limit} bytes", code="body_too_large")
+    return ApiError(413, f"the body may have {limit} bytes (max_body_bytes)", code="body_too_large")

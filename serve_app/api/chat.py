@@ -11,7 +11,6 @@ from serve_app.api.body import read_body, served_model
 from serve_app.api.chunks import ChunkFrame, quote
 from serve_app.api.event_stream import EventStream
 from serve_app.generation import Delta, Generation, num_scores
-from serve_app.protocol import refused
 from serve_app.protocol.chat import (
     AssistantMessage,
     ChatChoice,
@@ -19,19 +18,17 @@ from serve_app.protocol.chat import (
     ChatCompletionRequest,
 )
 from serve_app.protocol.logprobs import ChatLogprobs, chat_logprobs, prompt_logprobs
-from serve_app.protocol.messages import to_template
 from serve_app.protocol.usage import Usage
 from serve_app.served_model import ServedModel
 
 router = APIRouter(tags=["OpenAI"])
-REFUSED = {**refused.CHAT, **refused.OTHERS}
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion)
 async def create_chat_completion(request: Request) -> Response:
     """An answer to a conversation, whole or (with stream) as server-sent events."""
     model = served_model(request)
-    body = await read_body(request, ChatCompletionRequest, REFUSED)
+    body = await read_body(request, ChatCompletionRequest)
     generation = await _generation(model, body)
     if body.stream:
         return EventStream(generation, ChatChunks(model, generation, body))
@@ -50,17 +47,20 @@ async def _generation(model: ServedModel, body: ChatCompletionRequest) -> Genera
     num_logprobs = body.num_logprobs()
     params = await model.run(
         lambda: body.sampling_params(model, max_tokens=max_tokens, logprobs=num_logprobs),
-        body.num_bad_characters,
+        body.params_size,
     )
     model.check_num_sequences(1, params.n)
+    if body.truncate_prompt_tokens is None:
+        model.check_text(sum(len(message.text or "") for message in body.messages), "messages")
     prompt = await model.render_chat(
-        to_template(body.messages, model.tokenizer.chat_template),
+        body.messages,
         add_generation_prompt=body.opens_answer,
         continue_final_message=bool(body.continue_final_message),
         chat_template_kwargs=body.chat_template_kwargs,
     )
     prompt = body.truncate(prompt)
     model.check_length(len(prompt), max_tokens, "messages")
+    model.check_num_tokens([prompt], params.n)
     return Generation(
         model,
         [prompt],

@@ -13,7 +13,6 @@ from serve_app.api.chunks import ChunkFrame, quote
 from serve_app.api.event_stream import EventStream
 from serve_app.errors import invalid
 from serve_app.generation import Delta, Generation, num_scores
-from serve_app.protocol import refused
 from serve_app.protocol.completions import (
     DEFAULT_MAX_TOKENS,
     Completion,
@@ -29,14 +28,13 @@ from serve_app.protocol.usage import Usage
 from serve_app.served_model import ServedModel
 
 router = APIRouter(tags=["OpenAI"])
-REFUSED = {**refused.COMPLETIONS, **refused.OTHERS}
 
 
 @router.post("/v1/completions", response_model=Completion)
 async def create_completion(request: Request) -> Response:
     """Continuations of one or more prompts, whole or (with stream) as server-sent events."""
     model = served_model(request)
-    body = await read_body(request, CompletionRequest, REFUSED)
+    body = await read_body(request, CompletionRequest)
     generation, echoes = await _generation(model, body)
     texts = _Texts(model, body, generation, echoes)
     if body.stream:
@@ -68,18 +66,18 @@ async def _generation(model: ServedModel, body: CompletionRequest) -> tuple[Gene
     """The request as sequences, and what echo puts before each prompt's choices."""
     model.check_name(body.model)
     body.check_stream_options()
-    params = await model.run(lambda: _sampling_params(model, body), body.num_bad_characters)
+    params = await model.run(lambda: _sampling_params(model, body), body.params_size)
     prompts = body.prompt_list()
     if not prompts:
         raise invalid("prompt is empty; it needs at least one token", "prompt")
     model.check_num_sequences(len(prompts), params.n)
     token_ids = [body.truncate(ids) for ids in await _encode(model, body, prompts)]
     for ids in token_ids:
-        model.check_token_ids(ids, "prompt")
         model.check_length(len(ids), body.max_tokens, "prompt")
+    model.check_num_tokens(token_ids, params.n)
     echoes = ["" for _ in prompts]
     if body.echo:
-        echoes = await model.decode(token_ids, params.skip_special_tokens)
+        echoes = await model.decode(token_ids, params.skip_special_tokens, "prompt")
     generation = Generation(
         model,
         token_ids,
@@ -107,6 +105,9 @@ async def _encode(
     model: ServedModel, body: CompletionRequest, prompts: list[str] | list[list[int]]
 ) -> list[list[int]]:
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if body.truncate_prompt_tokens is None:
+        for text in texts:
+            model.check_text(len(text), "prompt")
     encoded = await model.encode(texts, body.add_special_tokens is not False)
     return encoded + [prompt for prompt in prompts if not isinstance(prompt, str)]
 

@@ -2,9 +2,9 @@
 
 from fastapi import APIRouter
 from starlette.requests import Request
+from starlette.responses import Response
 
 from serve_app.api.body import read_body, served_model
-from serve_app.protocol.messages import to_template
 from serve_app.protocol.tokenize import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -16,8 +16,8 @@ from serve_app.served_model import ServedModel
 router = APIRouter(tags=["tokens"])
 
 
-@router.post("/tokenize")
-async def tokenize(request: Request) -> TokenizeResponse:
+@router.post("/tokenize", response_model=TokenizeResponse)
+async def tokenize(request: Request) -> Response:
     """The token ids of a prompt or of a conversation in the model's chat template."""
     model = served_model(request)
     body = await read_body(request, TokenizeRequest)
@@ -25,18 +25,18 @@ async def tokenize(request: Request) -> TokenizeResponse:
         model.check_name(body.model)
     body.check()
     token_ids = await _encode(model, body)
-    texts: list[str] | None = None
-    if body.return_token_strs:
-        texts = await model.run(
-            lambda: [model.tokenizer.token_text(token_id) for token_id in token_ids],
-            len(token_ids),
-        )
+    answer = await model.run(lambda: _answer(model, body, token_ids), len(token_ids))
+    return Response(answer, media_type="application/json")
+
+
+def _answer(model: ServedModel, body: TokenizeRequest, token_ids: list[int]) -> str:
+    texts = map(model.tokenizer.token_text, token_ids) if body.return_token_strs else None
     return TokenizeResponse(
         count=len(token_ids),
         max_model_len=model.info.session_len,
         tokens=token_ids,
-        token_strs=texts,
-    )
+        token_strs=None if texts is None else list(texts),
+    ).model_dump_json()
 
 
 @router.post("/detokenize")
@@ -46,8 +46,7 @@ async def detokenize(request: Request) -> DetokenizeResponse:
     body = await read_body(request, DetokenizeRequest)
     if body.model is not None:
         model.check_name(body.model)
-    model.check_token_ids(body.tokens, "tokens")
-    (prompt,) = await model.decode([body.tokens], False)
+    (prompt,) = await model.decode([body.tokens], False, "tokens")
     return DetokenizeResponse(prompt=prompt)
 
 
@@ -58,7 +57,7 @@ async def _encode(model: ServedModel, body: TokenizeRequest) -> list[int]:
     assert body.messages is not None
     continues = bool(body.continue_final_message)
     return await model.render_chat(
-        to_template(body.messages, model.tokenizer.chat_template),
+        body.messages,
         add_generation_prompt=not continues
         if body.add_generation_prompt is None
         else body.add_generation_prompt,

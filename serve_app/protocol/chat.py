@@ -1,11 +1,13 @@
 """Bodies of POST /v1/chat/completions."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
 from serve_app.errors import invalid
 from serve_app.generation import FinishReason
+from serve_app.protocol import refused
 from serve_app.protocol.logprobs import ChatLogprobs, PromptLogprobs
 from serve_app.protocol.messages import Messages
 from serve_app.protocol.sampling import SamplingFields
@@ -13,6 +15,8 @@ from serve_app.protocol.usage import Usage
 
 
 class ChatCompletionRequest(SamplingFields):
+    refused: ClassVar[Mapping[str, tuple[Any, ...]]] = {**refused.CHAT, **refused.OTHERS}
+
     messages: Annotated[
         Messages, Field(min_length=1, description="a list of messages, at least one")
     ]

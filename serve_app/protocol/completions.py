@@ -1,22 +1,40 @@
 """Bodies of POST /v1/completions."""
 
-from typing import Annotated, Literal, cast
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Discriminator, Field, Tag
 
 from serve_app.generation import FinishReason
+from serve_app.protocol import refused
 from serve_app.protocol.logprobs import CompletionLogprobs, PromptLogprobs
 from serve_app.protocol.sampling import SamplingFields
-from serve_app.protocol.strict import Texts, TokenIdLists, TokenIds
+from serve_app.protocol.strict import MAX_PROMPTS, Texts, TokenIdLists, TokenIds
 from serve_app.protocol.usage import Usage
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
+def _shape(prompt: Any) -> str | None:
+    """Which of the four types a prompt means to be, by its first item: only that one is tried."""
+    first = prompt[0] if prompt and isinstance(prompt, list) else prompt
+    shape = {str: "text", int: "tokens", list: "token lists"}.get(type(first))
+    return "texts" if isinstance(prompt, list) and (shape == "text" or not prompt) else shape
+
+
 class CompletionRequest(SamplingFields):
+    refused: ClassVar[Mapping[str, tuple[Any, ...]]] = {**refused.COMPLETIONS, **refused.OTHERS}
+
     prompt: Annotated[
-        str | Texts | TokenIds | TokenIdLists,
-        Field(description="a string, a list of strings, token ids, or a list of lists of them"),
+        Annotated[str, Tag("text")]
+        | Annotated[Texts, Tag("texts")]
+        | Annotated[TokenIds, Tag("tokens")]
+        | Annotated[TokenIdLists, Tag("token lists")],
+        Discriminator(_shape),
+        Field(
+            description="a string, a list of strings, token ids, or a list of lists of them, "
+            f"{MAX_PROMPTS} at most"
+        ),
     ]
     max_tokens: Annotated[int | None, Field(description="a number of tokens, at least 1")] = None
     logprobs: Annotated[

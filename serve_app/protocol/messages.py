@@ -4,30 +4,36 @@ Text only. Whether a role or a tool call means anything is the template's to say
 """
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from serve_app.errors import invalid, unsupported
-from serve_app.protocol.parse import UNSUPPORTED
+from serve_app.errors import invalid, shown, unsupported
+from serve_app.protocol.refused import UNSUPPORTED
 from serve_app.protocol.strict import Strict
 
 if TYPE_CHECKING:
     from engine.chat_template import ChatTemplate
 
 
-def _text_only(kind: str) -> str:
-    if kind != "text":
-        raise PydanticCustomError(
-            UNSUPPORTED, "{kind} parts; send parts of type text", {"kind": kind}
-        )
-    return kind
+FRAME = 20  # characters of text that take as long as a template needs for a message
 
 
 class TextPart(Strict):
-    type: Annotated[str, AfterValidator(_text_only), Field(description="text")]
+    type: Literal["text"]
     text: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_type(cls, value: Any) -> Any:
+        """Other parts are refused by their type, not by what they hold."""
+        kind = value.get("type") if isinstance(value, dict) else None
+        if isinstance(kind, str) and kind != "text":
+            context = {"field": "type", "kind": shown(kind)}
+            raise PydanticCustomError(UNSUPPORTED, " as {kind}; send parts of type text", context)
+        return value
 
 
 class FunctionCall(Strict):
@@ -60,12 +66,20 @@ class Message(Strict):
             return "\n".join(part.text for part in self.content)
         return self.content
 
+    @property
+    def size(self) -> int:
+        """What turning it into tokens costs, in characters; its frame counts as some."""
+        calls = sum(FRAME + len(call.function.arguments) for call in self.tool_calls or ())
+        return FRAME + len(self.text or "") + calls
+
 
 Messages = Annotated[list[Message], Field(fail_fast=True)]
 _REFUSED = ("name", "refusal", "annotations", "audio", "function_call", "reasoning_content")
 
 
-def to_template(messages: list[Message], template: "ChatTemplate | None") -> list[dict[str, Any]]:
+def to_template(
+    messages: Sequence[Message], template: "ChatTemplate | None"
+) -> list[dict[str, Any]]:
     """The dicts a template reads. Refuses what it would drop without a word."""
     return [_to_template(f"messages[{i}]", m, template) for i, m in enumerate(messages)]
 
@@ -113,7 +127,7 @@ def _tool_calls(
             raise invalid(f"{param} must be JSON: {error}", param) from None
         if not isinstance(arguments, dict):
             param = f"{path}[{i}].function.arguments"
-            raise invalid(f"{param} must be a JSON object, got {arguments!r}", param)
+            raise invalid(f"{param} must be a JSON object, got {shown(arguments)}", param)
         function = {"name": call.function.name, "arguments": arguments}
         converted.append({"id": call.id, "type": "function", "function": function})
     return converted

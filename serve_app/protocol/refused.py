@@ -4,10 +4,15 @@ A value that asks for what happens anyway is let through (`"store": false`); nul
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from serve_app.errors import ApiError, invalid, unsupported
+from pydantic_core import PydanticCustomError
+
+# The types of errors by which a validator refuses a field.
+UNKNOWN = "unknown_field"
+UNSUPPORTED = "unsupported"
+MAX_NAME = 64  # characters; a longer name is like none of ours, and comparing it takes long
 
 # Field: the values that ask for nothing.
 CHAT: Mapping[str, tuple[Any, ...]] = {
@@ -71,21 +76,26 @@ OTHERS: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def check_surplus(
-    surplus: Mapping[str, Any], known: Iterable[str], refused: Mapping[str, tuple[Any, ...]]
+def check_fields(
+    given: Mapping[str, Any], known: Collection[str], refused: Mapping[str, tuple[Any, ...]]
 ) -> None:
-    """400 for the first field that is refused or unknown; the latter with the nearest known."""
-    for name, value in surplus.items():
+    """An error for the first field that is refused, or unknown: then with the nearest known."""
+    for name, value in given.items():
+        if name in known:
+            continue
         if name not in refused:
-            raise unknown(name, [*known, *refused])
+            raise _error(UNKNOWN, name, _nearest(name, [*known, *refused]))
         if value is not None and not any(_same(value, neutral) for neutral in refused[name]):
-            raise unsupported(name, _hint(refused[name]))
+            raise _error(UNSUPPORTED, name, _hint(refused[name]))
 
 
-def unknown(name: str, known: Iterable[str]) -> ApiError:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return invalid(f"unknown field {name!r}{hint}", name, "unknown_field")
+def _error(kind: Any, name: str, hint: str) -> PydanticCustomError:
+    return PydanticCustomError(kind, "{hint}", {"field": name, "hint": hint})
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1) if len(name) <= MAX_NAME else []
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _same(value: Any, neutral: Any) -> bool:

@@ -6,11 +6,11 @@ the end of the error message. Ranges are checked where they are owned, by Sampli
 
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from engine.sampling_params import SamplingParams
 from serve_app.errors import invalid, unsupported
-from serve_app.protocol.strict import Biases, Strict, Texts, TokenIds
+from serve_app.protocol.strict import MAX_BIASES, Biases, Name, Strict, Texts, TokenIds
 from serve_app.served_model import ServedModel
 
 MAX_STOP = 16  # strings; each costs time per token, on the loop all streams share
@@ -26,10 +26,7 @@ class StreamOptions(Strict):
 
 
 class SamplingFields(Strict):
-    # Surplus top-level fields are collected, so that refused.py can name them in one pass.
-    model_config = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": False})
-
-    model: Annotated[str, Field(description="the name of the served model (GET /v1/models)")]
+    model: Annotated[Name, Field(description="the name of the served model (GET /v1/models)")]
     stream: Annotated[bool | None, Field(description="true or false")] = None
     stream_options: Annotated[
         StreamOptions | None,
@@ -51,7 +48,7 @@ class SamplingFields(Strict):
     ] = None
     logit_bias: Annotated[
         Biases | None,
-        Field(description="an object of token ids and biases, -100 to 100"),
+        Field(description=f"an object of up to {MAX_BIASES} token ids and biases, -100 to 100"),
     ] = None
     seed: Annotated[int | None, Field(description="a 64-bit integer")] = None
     stop: Annotated[str | Texts | None, Field(description="a string or a list of them")] = None
@@ -69,10 +66,13 @@ class SamplingFields(Strict):
         int | None, Field(description="a number of tokens; the last ones are kept")
     ] = None
     cache_salt: Annotated[
-        str | None, Field(description="a string; prefixes are shared only under an equal one")
+        Name | None,
+        Field(description="up to 256 characters; prefixes are shared only under an equal one"),
     ] = None
     return_token_ids: Annotated[bool | None, Field(description="true or false")] = None
-    user: Annotated[str | None, Field(description="a string; it appears in the access log")] = None
+    user: Annotated[
+        Name | None, Field(description="up to 256 characters; they appear in the access log")
+    ] = None
 
     def sampling_params(
         self,
@@ -90,14 +90,14 @@ class SamplingFields(Strict):
             "max_tokens": max_tokens,
             "logprobs": logprobs,
         }
+        for name in ("stop_token_ids", "allowed_token_ids"):  # before anything looks at each
+            _check_count(name, given[name], model.info.vocab_size)
         defaults = {"max_tokens": default_max_tokens, **model.tokenizer.sampling_defaults}
         if defaults["max_tokens"] is not None:  # a default yields to what was asked for
             defaults["max_tokens"] = max(defaults["max_tokens"], self.min_tokens or 0)
         values: dict[str, Any] = defaults
         values |= {name: value for name, value in given.items() if value is not None}
-        params = SamplingParams(**values)
-        params.validate_vocab(model.info.vocab_size)
-        return params
+        return SamplingParams(**values)
 
     def check_stream_options(self) -> None:
         if self.stream_options is not None and not self.stream:
@@ -118,9 +118,10 @@ class SamplingFields(Strict):
         return token_ids[-keep:]
 
     @property
-    def num_bad_characters(self) -> int:
-        """What encoding bad_words costs, in characters."""
-        return 2 * sum(map(len, self.bad_words or ()))
+    def params_size(self) -> int:
+        """What sampling_params costs, in characters to encode."""
+        num_token_ids = len(self.allowed_token_ids or ()) + len(self.stop_token_ids or ())
+        return num_token_ids // 10 + 2 * sum(map(len, self.bad_words or ()))
 
     @property
     def include_usage(self) -> bool:
@@ -150,6 +151,13 @@ _PASSED_ON = (
     "skip_special_tokens",
     "prompt_logprobs",
 )
+
+
+def _check_count(name: str, token_ids: list[int] | None, vocab_size: int) -> None:
+    if token_ids is not None and len(token_ids) > vocab_size:
+        raise invalid(
+            f"{name} holds {len(token_ids)} token ids; this model has {vocab_size} tokens", name
+        )
 
 
 def _stop_strings(stop: str | list[str] | None) -> list[str] | None:

@@ -6,13 +6,13 @@ from pydantic import BaseModel, Field
 
 from serve_app.errors import invalid
 from serve_app.protocol.messages import Messages
-from serve_app.protocol.strict import Strict, TokenIds
+from serve_app.protocol.strict import Name, Strict, TokenIds
 
 
 class TokenizeRequest(Strict):
     """A prompt or messages. Special tokens are added to a prompt unless told otherwise."""
 
-    model: Annotated[str | None, Field(description="the name of the served model")] = None
+    model: Annotated[Name | None, Field(description="the name of the served model")] = None
     prompt: Annotated[str | None, Field(description="a string")] = None
     messages: Annotated[Messages | None, Field(description="a list of messages")] = None
     add_special_tokens: Annotated[bool | None, Field(description="true or false")] = None
@@ -45,7 +45,7 @@ class TokenizeResponse(BaseModel):
 
 
 class DetokenizeRequest(Strict):
-    model: Annotated[str | None, Field(description="the name of the served model")] = None
+    model: Annotated[Name | None, Field(description="the name of the served model")] = None
     tokens: Annotated[TokenIds, Field(description="a list of token ids")]
 
 
