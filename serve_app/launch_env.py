@@ -34,6 +34,7 @@ FAST = {
 ALONE = {
     "RAY_AUTH_MODE": "token",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's processes listen on 127.0.0.1 everywhere
+    "SPT_NOENV": "1",  # their titles do not overwrite their environment, by which Guard finds them
 }
 
 # On a port of another Serve instance HAProxy does not start, and these three are not the user's.

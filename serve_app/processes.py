@@ -21,6 +21,7 @@ from typing import Self
 RUN_DIR = "MANTA_RUN_DIR"  # in the environment of each of them
 POLL_S = 0.05
 PATIENCE_S = 1.0  # from SIGTERM to SIGKILL
+ROUNDS = 2  # the second for what a process started while it was being ended
 
 Processes = dict[int, str]  # pid → name and start time, which tell it from a later one
 
@@ -55,7 +56,8 @@ class Guard:
 
 def clear(run_dir: Path) -> None:
     """End everything started with this run directory, and remove it."""
-    end(started_with(run_dir))
+    for _ in range(ROUNDS):
+        end(started_with(run_dir))
     shutil.rmtree(run_dir, ignore_errors=True)
 
 
