@@ -132,8 +132,10 @@ def test_json_sums_recomputed() -> None:
         for question, answer in turns(chat):
             if match := re.search(r"(\d+) ?(\+|plus|-|minus) ?(\d+)", question):
                 a, sign, b = int(match[1]), match[2], int(match[3])
-                result = a + b if sign in ("+", "plus") else a - b
-                assert json.loads(answer) == {"answer": result}
+                asked, result = (
+                    (f"{a} + {b}", a + b) if sign in ("+", "plus") else (f"{a} - {b}", a - b)
+                )
+                assert json.loads(answer) == {"question": asked, "answer": result}
 
 
 def test_memory_answers_were_told() -> None:

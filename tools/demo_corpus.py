@@ -184,21 +184,21 @@ MIXTURE: dict[str, float] = {
 }
 
 
-# Later, facts are known and copying works: sums and counting are what is left.
+# Later, facts are known and short answers copied: calls, sums and order are what is left.
 LATE_MIXTURE: dict[str, float] = {
-    "arithmetic": 0.22,
-    "facts": 0.04,
+    "arithmetic": 0.20,
+    "facts": 0.05,
     "repeat": 0.04,
-    "reverse": 0.04,
+    "reverse": 0.10,
     "count": 0.08,
-    "json": 0.26,
+    "json": 0.16,
     "story": 0.015,
     "talk": 0.015,
-    "memory": 0.08,
-    "mixed": 0.02,
-    "tool_call": 0.11,
-    "tool_answer": 0.06,
-    "tool_none": 0.02,
+    "memory": 0.10,
+    "mixed": 0.03,
+    "tool_call": 0.13,
+    "tool_answer": 0.07,
+    "tool_none": 0.01,
 }
 
 

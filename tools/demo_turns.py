@@ -152,7 +152,9 @@ def json_answer(source: Source) -> tuple[Turn, str]:
     """A plain question with its plain answer, and the same answer as a JSON object."""
     if source.chance(0.75):
         turn = arithmetic_turn(source)
-        return turn, json.dumps({"answer": int(turn.assistant.rstrip(".").split(" = ")[1])})
+        asked, result = turn.assistant.rstrip(".").split(" = ")
+        # Said before its result, as in a plain answer: a small model adds what it just wrote.
+        return turn, json.dumps({"question": asked, "answer": int(result)})
     kind, key = _draw_fact(source)
     value = kind.table[key]
     question = _capitalise(source.pick(kind.questions).format(k=key))
