@@ -15,6 +15,7 @@ from ray.serve.metrics import Counter, Gauge, Histogram
 from engine.outputs import EngineStats
 
 INTERVAL_S = 0.1  # Ray exports every 10 s
+REFRESH_S = 5.0  # Ray forgets a gauge that was not set between two exports
 MAX_SAMPLES = 100  # inter-token latencies recorded per interval: 0.4 % of a core
 LABELS: Any = ("model_name", "engine")  # Any: Ray annotates tag_keys as tuples of one
 REASON = "finished_reason"
@@ -72,13 +73,17 @@ class Metrics:
         self._gauges = {field: self._gauge(*named) for field, named in _GAUGES.items()}
         self._counters = {field: self._counter(*named) for field, named in _COUNTERS.items()}
         self._latest = self._recorded = EngineStats()
-        self._timer: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
+        self._is_due = False
+        self._timer = self._loop.call_later(0, self._record)
 
     def record_stats(self, stats: EngineStats) -> None:
         """Keep the engine's latest numbers; they are recorded within INTERVAL_S."""
         self._latest = stats
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(INTERVAL_S, self._record)
+        if not self._is_due:
+            self._is_due = True
+            self._timer.cancel()
+            self._timer = self._loop.call_later(INTERVAL_S, self._record)
 
     def record_inter_token(self, seconds: float) -> None:
         self._inter_token_values.append(seconds)
@@ -87,7 +92,8 @@ class Metrics:
         self._success.inc(1, {REASON: finished_reason})
 
     def _record(self) -> None:
-        self._timer = None
+        self._is_due = False
+        self._timer = self._loop.call_later(REFRESH_S, self._record)
         latest, before, self._recorded = self._latest, self._recorded, self._latest
         for field, gauge in self._gauges.items():
             gauge.set(getattr(latest, field))

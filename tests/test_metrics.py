@@ -1,0 +1,33 @@
+"""Metrics: what reaches Ray's exporter, and how often."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from ray.serve.metrics import Gauge
+
+from engine.outputs import EngineStats
+from serve_app.metrics import Metrics
+
+
+def test_gauges_are_kept_alive_while_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray exports only those set since its last export: an idle server would have none."""
+    values: list[float] = []
+    monkeypatch.setattr(Gauge, "set", lambda self, value, *args: values.append(value))
+    monkeypatch.setattr("serve_app.metrics.REFRESH_S", 0.01)
+
+    async def test() -> None:
+        metrics = Metrics("tiny", 128)
+        await until(lambda: len(values) >= 3)
+        assert set(values) == {0}
+        metrics.record_stats(EngineStats(num_running=3, kv_cache_usage=0.5))
+        await until(lambda: values.count(3) >= 2)
+        assert values.count(0.5) >= 2
+
+    asyncio.run(test())
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
