@@ -166,7 +166,9 @@ class AsyncEngine:
         if task.cancelled() or (error := task.exception()) is None:
             return
         if self._failure is None:
-            logger.error("the engine is gone", exc_info=error)  # with Ray's report of the process
+            ours = isinstance(error, EngineDeadError)  # then the cause is Ray's report
+            reason = f"{error}: {error.__cause__}" if ours else repr(error)
+            logger.error("the engine is gone: %s", reason, exc_info=None if ours else error)
         if not isinstance(error, EngineDeadError):
             error = EngineDeadError(f"{type(error).__name__}: {error}")
         self._fail(error)

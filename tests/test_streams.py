@@ -154,8 +154,7 @@ def test_a_dead_engine_ends_every_request_and_the_replicas_health(
 
     run(test())
     (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
-    assert record.exc_info is not None
-    assert record.exc_info[1] is failure
+    assert "rank 1 died" in record.getMessage()
 
 
 @pytest.mark.parametrize("stream", [False, True])
