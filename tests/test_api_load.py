@@ -5,13 +5,10 @@ import os
 import re
 import signal
 import time
-import urllib.request
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import Any
 
-import aiohttp
 import httpx
 import openai
 import pytest
@@ -19,6 +16,7 @@ from openai import AsyncOpenAI, OpenAI
 
 from tests.api_client import GREEDY
 from tests.conftest import MODEL_NAME, SESSION_LEN
+from tests.load import check_burst, check_leaving, wait_until
 
 pytestmark = pytest.mark.ray
 
@@ -53,25 +51,8 @@ def test_64_streams_at_once_are_the_answers_given_one_at_a_time(
         assert together[index] == alone.choices[0].message.content
 
 
-def test_a_burst_is_answered_or_refused(http: httpx.Client, base_url: str) -> None:
-    body = {"model": MODEL_NAME, "prompt": "a", "max_tokens": 2}
-
-    async def ask(session: aiohttp.ClientSession) -> int:
-        async with session.post(f"{base_url}/v1/completions", json=body) as response:
-            if response.status == 429:
-                assert int(response.headers["retry-after"]) >= 1
-                assert (await response.json())["error"]["code"] == "queue_full"
-            return response.status
-
-    async def burst() -> set[int]:
-        connector = aiohttp.TCPConnector(limit=0)  # 1000 connections; httpx takes 10 s to open them
-        async with aiohttp.ClientSession(connector=connector) as session:
-            return set(await asyncio.gather(*(ask(session) for _ in range(1000))))
-
-    statuses = asyncio.run(burst())
-    assert statuses <= {200, 429}
-    assert 200 in statuses
-    assert http.get("/health").status_code == 200
+def test_a_burst_is_answered_or_refused(base_url: str) -> None:
+    check_burst(base_url, MODEL_NAME)
 
 
 # -- metrics ---------------------------------------------------------------------------------
@@ -112,78 +93,34 @@ def metrics_url() -> str:
     return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
 
-def series() -> dict[str, float]:
-    """Ray's exported vLLM metrics, by name and finished_reason."""
-    with urllib.request.urlopen(metrics_url(), timeout=10) as response:
-        lines = response.read().decode().splitlines()
-    found: dict[str, float] = {}
-    for line in lines:
-        if line.startswith("ray_vllm_") and f'model_name="{MODEL_NAME}"' in line:
-            name, labels, value = re.fullmatch(r"(\w+)\{(.*)\} (\S+)", line).groups()  # type: ignore[union-attr]
-            reason = re.search(r'finished_reason="(\w+)"', labels)
-            found[f"{name}:{reason[1]}" if reason else name] = float(value)
-    return found
-
-
-def wait_until(condition: Callable[[dict[str, float]], bool]) -> dict[str, float]:
-    """Poll the exported metrics, which lag; AssertionError with the last ones after a minute."""
-    deadline = time.monotonic() + 60
-    while not condition(found := series()):
-        assert time.monotonic() < deadline, found
-        time.sleep(0.2)
-    return found
-
-
 def test_metrics_have_vllms_names(http: httpx.Client) -> None:
     http.post("/v1/completions", json={"model": MODEL_NAME, "prompt": "a", "max_tokens": 3})
-    wait_until(lambda found: found.keys() >= METRICS)
+    wait_until(metrics_url(), lambda found: found.keys() >= METRICS)
 
 
 def test_a_client_that_leaves_frees_its_blocks(base_url: str) -> None:
-    def aborted(found: dict[str, float]) -> float:
-        return found.get("ray_vllm_request_success_total:abort", 0.0)
-
-    before = aborted(series())
-
-    def start_and_leave(index: int) -> None:
-        body = {
-            "model": MODEL_NAME,
-            "prompt": f"{index}",
-            "max_tokens": SESSION_LEN - 10,
-            "ignore_eos": True,
-            "stream": index % 2 == 0,
-        }
-        timeout = httpx.Timeout(60, read=60 if index % 2 == 0 else 0.3)
-        with httpx.Client(base_url=base_url, timeout=timeout, verify=False) as client:
-            try:
-                with client.stream("POST", "/v1/completions", json=body) as response:
-                    next(response.iter_bytes())
-            except httpx.ReadTimeout:
-                pass  # whole answers take longer; their client gives up
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(start_and_leave, range(8)))
-    wait_until(
-        lambda found: (
-            aborted(found) >= before + 4
-            and found["ray_vllm_num_requests_running"] == 0
-            and found["ray_vllm_kv_cache_usage_perc"] == 0
-        )
-    )
+    check_leaving(base_url, MODEL_NAME, SESSION_LEN - 10, metrics_url())
 
 
 # -- failure: last, because it costs the others their replica --------------------------------
 
 
-def kill_engine() -> None:
-    """SIGKILL the engine actors of our cluster."""
+def kill_engine() -> int:
+    """SIGKILL the engine actor of our cluster; returns its pid."""
     from ray._private.state import actors
 
     engines = [a for a in actors().values() if a["ActorClassName"] == "EngineActor"]
-    pids = [actor["Pid"] for actor in engines if actor["State"] == "ALIVE"]
-    assert pids
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
+    (pid,) = [int(actor["Pid"]) for actor in engines if actor["State"] == "ALIVE"]
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def replica_logs() -> str:
+    from ray._private.worker import global_worker
+
+    assert global_worker.node is not None
+    serve = Path(global_worker.node.get_logs_dir_path()) / "serve"
+    return "".join(log.read_text() for log in serve.glob("replica_*.log"))
 
 
 def test_a_killed_engine_is_reported_and_replaced(client: OpenAI, http: httpx.Client) -> None:
@@ -191,13 +128,20 @@ def test_a_killed_engine_is_reported_and_replaced(client: OpenAI, http: httpx.Cl
         model=MODEL_NAME, prompt="a", max_tokens=500, stream=True, extra_body={"ignore_eos": True}
     ) as stream:
         next(stream)
-        kill_engine()
-        with pytest.raises(openai.APIError, match="the engine stopped"):
+        pid = kill_engine()
+        with pytest.raises(openai.APIError) as caught:
             list(stream)
+    message = "the engine stopped and is being restarted; try again in 5 s"
+    assert caught.value.message == message  # no process, host or path
     deadline = time.monotonic() + 120
     while http.get("/health").status_code != 200:
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    (logged,) = re.findall(
+        r"the engine is gone: engine rank 0 died: (?:.|\n)*?exit detail", replica_logs()
+    )
+    assert f"pid: {pid}" in logged
+    assert "exit type: SYSTEM_ERROR" in logged
     answer = client.completions.create(model=MODEL_NAME, prompt="a", max_tokens=2, **GREEDY)
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 2

@@ -1,6 +1,7 @@
 """The replica in this process: the class Serve runs, its application and a real engine actor."""
 
 import asyncio
+import gc
 import itertools
 import json
 from collections.abc import Coroutine, Iterator
@@ -39,16 +40,16 @@ class RunningReplica:
         self._app = self.replica.__serve_build_asgi_app__()
         self._lifespan = self._app.router.lifespan_context(self._app)
         await self._lifespan.__aenter__()
-        self._client = client_of(self._app)
+        self.client = client_of(self._app)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return self._loop.run_until_complete(asyncio.wait_for(coroutine, 60))
 
     def get(self, path: str) -> httpx.Response:
-        return self.run(self._client.get(path))
+        return self.run(self.client.get(path))
 
     def post(self, path: str, **body: Any) -> httpx.Response:
-        return self.run(self._client.post(path, json=body))
+        return self.run(self.client.post(path, json=body))
 
     def stream(self, path: str, **body: Any) -> list[dict[str, Any]]:
         """The events of a stream but [DONE]."""
@@ -61,6 +62,7 @@ class RunningReplica:
         with pytest.raises(EngineDeadError, match="shutting down"):
             self.run(self.replica.check_health())
         self._loop.close()
+        gc.unfreeze()  # at this process's end, torch's libraries miss what is never collected
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +176,30 @@ def test_the_replica_says_what_it_is(running: RunningReplica) -> None:
     assert running.get("/health").status_code == 200
     assert running.get("/version").json()["version"]
     running.run(running.replica.check_health())
+
+
+def test_draining_waits_for_what_runs_and_ends_the_rest(
+    ray_cluster: None, tiny_checkpoint: Path
+) -> None:
+    running = RunningReplica(tiny_checkpoint)
+
+    async def ask(max_tokens: int) -> str:
+        body = {**COMPLETION, "prompt": "a", "max_tokens": max_tokens, "stream": True}
+        return (await running.client.post("/v1/completions", json=body)).text
+
+    async def drain() -> list[str]:
+        short, long = asyncio.ensure_future(ask(2)), asyncio.ensure_future(ask(500))
+        await asyncio.sleep(0.05)
+        await running.replica.drain(0.1)
+        return [await short, await long]
+
+    short, long = running.run(drain())
+    assert short.endswith("data: [DONE]\n\n")
+    *_, error, end = long.split("\n\n")
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "shutting_down"
+    assert end == ""
+    assert running.post("/v1/completions", **COMPLETION, prompt="a").status_code == 503
+    running.close()
 
 
 def test_a_group_of_ranks_gets_a_bundle_each(tiny_checkpoint: Path) -> None:
