@@ -1,5 +1,6 @@
 # Everything runs in .venv; `make` alone lists the targets.
-# Other wheels of torch:  make install TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# Other wheels of torch:  make install TORCH="torch==2.13.0 --index-url INDEX", with an index from torch's
+# installation page (the one for CPUs is much smaller).
 
 VENV   ?= .venv
 PYTHON ?= $(firstword $(foreach p,python3 python3.11 python3.12 python3.13,$(shell $(p) -c 'import sys; sys.version_info >= (3, 11) and print("$(p)")' 2>/dev/null)))
@@ -16,8 +17,8 @@ help:
 
 install: $(STAMP)
 
-# Done again only when pyproject.toml changes. torch goes first, so that TORCH decides the build.
-$(STAMP): pyproject.toml
+# Done again when pyproject.toml or the compiled kernels change. torch goes first, so that TORCH decides the build.
+$(STAMP): pyproject.toml $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 	@test -x $(VENV)/bin/python || test -n "$(PYTHON)" || { echo "Manta needs Python 3.11 or newer: make install PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) ..."

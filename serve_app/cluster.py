@@ -41,10 +41,9 @@ def start(plan: LaunchPlan, *, dashboard: bool, verbose: bool) -> str | None:
     _check_gpus(plan)
     if not dashboard:
         return None
-    settings = f"RAY_ADDRESS={ray.get_runtime_context().gcs_address}"
-    if os.environ["RAY_AUTH_MODE"] == "token":
-        settings = f"RAY_AUTH_MODE=token {settings}"
-    return f"Ray's dashboard is at http://{context.dashboard_url}; {settings} ray list actors"
+    mode = "RAY_AUTH_MODE=token " if os.environ["RAY_AUTH_MODE"] == "token" else ""
+    url = f"http://{context.dashboard_url}"
+    return f"Ray's dashboard is at {url}; try {mode}ray list actors --address {url}"
 
 
 def _options(verbose: bool) -> dict[str, Any]:
