@@ -1,4 +1,4 @@
-"""The CPU's linear kernels by number of rows: where kernels/int4_linear.py's thresholds come from.
+"""The CPU's linear kernels by number of rows; where kernels/int4_aten.py's thresholds come from.
 
     python -m benchmarks.cpu_linears [--threads N]
 
@@ -18,13 +18,16 @@ from torch import Tensor
 
 from benchmarks.random_checkpoint import LlamaShape
 from benchmarks.record import Table, save, show
+from kernels import cpu
+from kernels.int4_aten import pack_aten_int4
 from kernels.int4_linear import Int4Weight, int4_linear, pack_int4
 
-NUM_ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 32, 64, 128, 256)
+NUM_ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 32, 64, 128, 256, 1024)
 MOST_INT4_ROWS = 16  # beyond, the 4-bit kernel is far behind
 ROUNDS = 7
 SHAPE = LlamaShape()
-KERNELS = ("bf16 F.linear", "int4", "bf16 reordered", "int8")
+NATIVE = ("AMX int4", "AMX int4, int8 rows") if cpu.library() is not None else ()
+KERNELS = ("bf16 F.linear", "aten int4", "bf16 reordered", "int8", *NATIVE)
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -40,7 +43,7 @@ def main() -> None:
     for num_rows in NUM_ROWS:
         row: list[str | float] = [num_rows]
         for kernel in KERNELS:
-            skipped = kernel == "int4" and num_rows > MOST_INT4_ROWS
+            skipped = kernel == "aten int4" and num_rows > MOST_INT4_ROWS
             row.append("" if skipped else _milliseconds(layers, kernel, num_rows))
         rows.append(row)
         print(*row, flush=True)
@@ -88,14 +91,18 @@ def _linear(out_features: int, in_features: int, draw: torch.Generator) -> dict[
     q = torch.randint(0, 16, (in_features, out_features), dtype=torch.uint8, generator=draw)
     zeros = torch.full((groups, out_features), 8, dtype=torch.uint8)
     scales = torch.rand(groups, out_features, generator=draw) * 0.01 + 0.005
-    exact = pack_int4(q, zeros, scales, torch.bfloat16, "cpu")
-    int8 = pack_int4(q, zeros, scales, torch.bfloat16, "cpu", int8_activations=True)
+    exact = pack_aten_int4(q, zeros, scales, torch.bfloat16, "cpu")
+    int8 = pack_aten_int4(q, zeros, scales, torch.bfloat16, "cpu", int8_activations=True)
     assert exact.few_rows is not None
     few = replace(exact, few_rows=replace(exact.few_rows, max_rows=MOST_INT4_ROWS))
     dense = torch.randn(out_features, in_features, generator=draw).bfloat16()
-    return {
+    native = {
+        name: _through(pack_int4(q, zeros, scales, torch.bfloat16, "cpu", "rows" in name))
+        for name in NATIVE
+    }
+    return native | {
         "bf16 F.linear": lambda x: F.linear(x, dense),
-        "int4": _through(few),
+        "aten int4": _through(few),
         "bf16 reordered": _through(replace(exact, few_rows=None)),
         "int8": _through(replace(int8, few_rows=None)),
     }

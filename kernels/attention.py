@@ -10,7 +10,6 @@ Math: out = softmax(scale * q k^T + mask) v, softmax and sums in float32. Query 
 head h // G, G = Hq / Hkv; a query at position p sees the keys p - window < i <= p.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention_plan import DecodePlan, Int32Array, KeyBlocks, Planner, PrefillTile
+from kernels.cpu import library, library_for
+
+NATIVE_HEAD_DIMS = (32, 64, 96, 128, 256)  # those kernels/cpu/attention.cpp is compiled for
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,8 @@ class AttentionMetadata:
     num_decodes: int
     block_size: int
     device: str
-    derived: "_Derived" = field(default_factory=lambda: _Derived({}, {}))
+    addresses: tuple[int, int, int]  # of block_tables, context_lens, slot_mapping: native kernels
+    derived: "_Derived" = field(default_factory=lambda: _Derived({}, {}, {}))
 
     @classmethod
     def build(
@@ -60,12 +63,24 @@ class AttentionMetadata:
             num_decodes=num_decodes,
             block_size=block_size,
             device=device,
+            addresses=(
+                block_tables.ctypes.data,
+                context_lens.ctypes.data,
+                slot_mapping.ctypes.data,
+            ),
         )
 
 
 def store_kv(kv: Tensor, cache: Tensor, meta: AttentionMetadata) -> None:
     """Write the new tokens' keys and values, kv [T, 2 * Hkv, D], into their slots."""
     assert cache.shape[1:] == (kv.shape[1], meta.block_size, kv.shape[2])
+    native = library_for(kv)
+    if native is not None:
+        native.manta_store_kv(
+            kv.data_ptr(), cache.data_ptr(), meta.addresses[2], *kv.shape[:2],
+            kv.shape[2] * kv.itemsize, kv.stride(0) * kv.itemsize, meta.block_size,
+        )  # fmt: skip
+        return
     cache.view(-1, cache.shape[3]).index_put_((_store_rows(meta, kv.shape[1]),), kv)
 
 
@@ -77,11 +92,16 @@ def paged_attention(
     num_kv_heads = cache.shape[1] // 2
     assert num_heads % num_kv_heads == 0
     assert head_dim == cache.shape[3]
-    plan = _plan(meta, cache, window)
     grouped = q.view(num_tokens, num_kv_heads, -1, head_dim)  # [T, Hkv, G, D]
     out = grouped.new_empty(grouped.shape)
-    _attend_decodes(grouped[: meta.num_decodes], cache, plan.decodes, scale, out)
-    for tile in plan.prefill_tiles:
+    if meta.num_decodes:
+        decodes = grouped[: meta.num_decodes]
+        if is_native(q, cache):
+            _attend_decodes_native(decodes, cache, meta, scale, window, out)
+        else:
+            plan = _decode_plan(meta, cache, window)
+            _attend_decodes(decodes, cache, plan, scale, out)
+    for tile in _prefill_tiles(meta, cache, window):
         queries = slice(tile.first, tile.last)
         out[queries] = _attend_tile(grouped[queries], cache, tile.keys, scale)
     return out.view(q.shape)
@@ -103,6 +123,28 @@ def _attend_decodes(q: Tensor, cache: Tensor, plan: DecodePlan, scale: float, ou
         out.index_copy_(0, plan.order, results)
 
 
+def is_native(q: Tensor, cache: Tensor) -> bool:
+    group_size = 2 * q.shape[1] // cache.shape[1]
+    return (
+        library_for(q) is not None
+        and q.shape[2] in NATIVE_HEAD_DIMS
+        and cache.shape[2] % 16 == 0
+        and group_size <= 16
+    )
+
+
+def _attend_decodes_native(
+    q: Tensor, cache: Tensor, meta: AttentionMetadata, scale: float, window: int | None, out: Tensor
+) -> None:
+    native = library()
+    assert native is not None
+    native.manta_decode_attention(
+        q.data_ptr(), cache.data_ptr(), *meta.addresses[:2], out.data_ptr(), *q.shape,
+        meta.block_size, q.stride(0), meta.block_tables.strides[0] // 4, window or 0, scale,
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
 def _attend_tile(q: Tensor, cache: Tensor, keys: KeyBlocks, scale: float) -> Tensor:
     """Queries of one sequence, q [queries, Hkv, G, D]: key heads are the batch, G the heads."""
     _, num_kv_heads, group_size, head_dim = q.shape
@@ -115,15 +157,12 @@ def _attend_tile(q: Tensor, cache: Tensor, keys: KeyBlocks, scale: float) -> Ten
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
-    decodes: DecodePlan
-    prefill_tiles: list[PrefillTile]
-
-
-@dataclass(frozen=True, slots=True)
 class _Derived:
-    store_rows: dict[int, Tensor]  # by number of heads in a block
-    plans: dict[int | None, _Plan]  # by window
+    """By number of heads in a block, and by window. The caches of all layers have one shape."""
+
+    store_rows: dict[int, Tensor]
+    decode_plans: dict[int | None, DecodePlan]
+    prefill_tiles: dict[int | None, list[PrefillTile]]
 
 
 def _store_rows(meta: AttentionMetadata, num_heads: int) -> Tensor:
@@ -136,28 +175,38 @@ def _store_rows(meta: AttentionMetadata, num_heads: int) -> Tensor:
     return known[num_heads]
 
 
-def _plan(meta: AttentionMetadata, cache: Tensor, window: int | None) -> _Plan:
-    """The caches of all layers have one shape and dtype: a plan differs by window alone."""
-    known = meta.derived.plans
+def _decode_plan(meta: AttentionMetadata, cache: Tensor, window: int | None) -> DecodePlan:
+    known = meta.derived.decode_plans
     if window not in known:
-        planner = Planner(
-            block_size=meta.block_size,
-            num_kv_heads=cache.shape[1] // 2,
-            head_dim=cache.shape[3],
-            dtype=cache.dtype,
-            device=meta.device,
-            window=window,
-        )
         rows = slice(meta.num_decodes)
-        decodes = planner.decodes(meta.context_lens[rows], meta.block_tables[rows])
-        known[window] = _Plan(decodes, list(_prefill_tiles(meta, planner)))
+        planner = _planner(meta, cache, window)
+        known[window] = planner.decodes(meta.context_lens[rows], meta.block_tables[rows])
     return known[window]
 
 
-def _prefill_tiles(meta: AttentionMetadata, planner: Planner) -> Iterator[PrefillTile]:
-    starts = meta.query_start_loc.tolist()
-    for seq in range(meta.num_decodes, len(meta.context_lens)):
-        num_queries, context_len = starts[seq + 1] - starts[seq], int(meta.context_lens[seq])
-        yield from planner.prefill_tiles(
-            starts[seq], num_queries, context_len, meta.block_tables[seq]
-        )
+def _prefill_tiles(meta: AttentionMetadata, cache: Tensor, window: int | None) -> list[PrefillTile]:
+    known = meta.derived.prefill_tiles
+    if window not in known:
+        planner, starts = _planner(meta, cache, window), meta.query_start_loc.tolist()
+        known[window] = [
+            tile
+            for seq in range(meta.num_decodes, len(meta.context_lens))
+            for tile in planner.prefill_tiles(
+                starts[seq],
+                starts[seq + 1] - starts[seq],
+                int(meta.context_lens[seq]),
+                meta.block_tables[seq],
+            )
+        ]
+    return known[window]
+
+
+def _planner(meta: AttentionMetadata, cache: Tensor, window: int | None) -> Planner:
+    return Planner(
+        block_size=meta.block_size,
+        num_kv_heads=cache.shape[1] // 2,
+        head_dim=cache.shape[3],
+        dtype=cache.dtype,
+        device=meta.device,
+        window=window,
+    )

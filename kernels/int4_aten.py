@@ -1,7 +1,7 @@
-"""W4A16 linear: y = x @ ((q - zero) * scale) + bias, 4-bit weights in groups of g inputs.
+"""The int4 weight for torch's own kernels: any device, any dtype.
 
-`pack_int4` takes the checkpoint-independent form, q [K, N] 0..15 with zeros and scales [K/g, N],
-and keeps up to two forms of it, because no single CPU kernel is good for few and for many rows:
+Keeps up to two forms, because no single one of torch's CPU kernels is good for few and for many
+rows:
 
     few rows    4-bit values for aten's int4 kernel,   w = (q - 8) * scale + (8 - zero) * scale
     many rows   the dequantised values in the activations' dtype, through oneDNN
@@ -49,8 +49,8 @@ class _FewRows:
 
 
 @dataclass(frozen=True, slots=True)
-class Int4Weight:
-    """One packed weight of K inputs and N outputs."""
+class AtenInt4Weight:
+    """One packed weight of K inputs and N outputs, for torch's kernels."""
 
     few_rows: _FewRows | None
     many_rows: DenseWeight | Int8Weight
@@ -61,22 +61,20 @@ class Int4Weight:
         return isinstance(self.many_rows, Int8Weight)
 
 
-def pack_int4(
+def pack_aten_int4(
     q: Tensor,
     zeros: Tensor,
     scales: Tensor,
     dtype: torch.dtype,
     device: str,
     int8_activations: bool = False,
-) -> Int4Weight:
-    """q uint8 [K, N], zeros uint8 [K/g, N], scales [K/g, N] -> what `int4_linear` multiplies by.
+) -> AtenInt4Weight:
+    """q uint8 [K, N], zeros uint8 [K/g, N], scales [K/g, N].
 
     `int8_activations` has no effect in float32 (exact) and where no int8 kernel exists.
     """
     in_features, out_features = q.shape
     group_size = in_features // scales.shape[0]
-    assert in_features == group_size * scales.shape[0]
-    assert zeros.shape == scales.shape == (scales.shape[0], out_features)
     offsets = (8.0 - zeros.float()) * scales.float()
     # Both forms start from the 4-bit kernel's rounded scales and offsets. What is left between
     # them is one rounding of each dequantised value to `dtype` (and int8's, where asked for):
@@ -88,16 +86,15 @@ def pack_int4(
     if device == "cpu" and dtype != torch.float32 and _is_served(group_size, out_features):
         max_rows = MAX_INT4_ROWS_INT8 if int8_activations else _max_int4_rows()
         few_rows = _pack_few_rows(q, scales, offsets, max_rows)
-    return Int4Weight(
+    return AtenInt4Weight(
         few_rows=few_rows,
         many_rows=pack_int8(weight) if int8_activations else pack_dense(weight.to(device, dtype)),
         shape=(out_features, in_features),
     )
 
 
-def int4_linear(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
+def aten_int4_linear(x: Tensor, weight: AtenInt4Weight, bias: Tensor | None) -> Tensor:
     """x [M, K] -> [M, N] in x's dtype."""
-    assert x.shape[1] == weight.shape[1]
     few = weight.few_rows
     if few is not None and x.shape[0] <= few.max_rows:
         y: Tensor = torch._weight_int4pack_mm_for_cpu(

@@ -5,16 +5,43 @@ the normalised row is rounded to x's dtype before it is multiplied by the weight
 Llama's reference code.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.cpu import library_for
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., H], weight [H] or one row per head [heads, H] -> [..., H] in x's dtype."""
+    """x [T, H], weight [H] -> [T, H] in x's dtype."""
     return F.rms_norm(x, x.shape[-1:], eps=eps).mul_(weight)
 
 
+def head_rms_norm_(x: Tensor, weight: Tensor, eps: float) -> None:
+    """x [T, heads, D] in place, weight [heads, D]: every head by itself."""
+    native = library_for(x)
+    if native is None:
+        x.copy_(rms_norm(x, weight, eps))
+        return
+    tokens, heads, size = x.shape
+    assert x.stride(1) == size
+    native.manta_rms_norm_heads(
+        x.data_ptr(), weight.data_ptr(), tokens, heads, size, x.stride(0), eps,
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(x + residual), x + residual), both [..., H]."""
-    residual = x + residual
-    return rms_norm(residual, weight, eps), residual
+    """(rms_norm(x + residual), x + residual), both [T, H]."""
+    native = library_for(x)
+    if native is None:
+        residual = x + residual
+        return rms_norm(residual, weight, eps), residual
+    assert x.is_contiguous()
+    assert residual.is_contiguous()
+    total, normed = torch.empty_like(x), torch.empty_like(x)
+    native.manta_add_rms_norm(
+        x.data_ptr(), residual.data_ptr(), weight.data_ptr(), total.data_ptr(),
+        normed.data_ptr(), *x.shape, eps, torch.get_num_threads(),
+    )  # fmt: skip
+    return normed, total

@@ -11,6 +11,8 @@ import pytest
 from hypothesis import settings
 from openai import OpenAI
 
+from kernels import cpu
+
 settings.register_profile("manta", deadline=None)  # machines that run tests are busy
 settings.load_profile("manta")
 
@@ -25,6 +27,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 MODEL_NAME = "tiny"
 SESSION_LEN = 512
 NUM_BLOCKS = 256
+
+
+@pytest.fixture(params=["native", "torch"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every launcher with its compiled kernel and, as on CPUs that have none, without."""
+    if request.param == "torch":
+        monkeypatch.setattr("kernels.cpu.library", lambda: None)
+        monkeypatch.setattr("kernels.int4_linear.library", lambda: None)
+    elif cpu.library() is None:
+        pytest.skip("no AMX, or installed without a compiler")
 
 
 @pytest.fixture(scope="session")

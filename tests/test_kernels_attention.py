@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import attention_plan
-from kernels.attention import AttentionMetadata, paged_attention, store_kv
+from kernels import attention_plan, cpu
+from kernels.attention import AttentionMetadata, is_native, paged_attention, store_kv
 
 BLOCK = 4
 MIXES = {  # (tokens in the cache already, new tokens) of each sequence, decode rows first
@@ -22,6 +22,8 @@ MIXES = {  # (tokens in the cache already, new tokens) of each sequence, decode 
     "decodes and prefills": [(5, 1), (16, 1), (0, 9), (10, 6)],
 }
 HEADS = [(4, 4, 24), (4, 2, 64), (3, 1, 80), (8, 1, 16)]  # query heads, kv heads, head size
+
+NATIVE_HEADS = [(4, 4, 32), (8, 2, 64), (3, 3, 96), (6, 1, 128), (16, 1, 256)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,7 @@ def make_case(
     heads: tuple[int, int, int],
     window: int | None,
     dtype: torch.dtype,
+    block_size: int = BLOCK,
 ) -> Case:
     num_heads, num_kv_heads, head_dim = heads
     draw = torch.Generator().manual_seed(0)
@@ -47,10 +50,10 @@ def make_case(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw).to(dtype).double()
 
-    blocks = [-(-(old + new) // BLOCK) for old, new in lengths]
+    blocks = [-(-(old + new) // block_size) for old, new in lengths]
     order = torch.randperm(sum(blocks) + 3, generator=draw).numpy().astype(np.int32)
     # What nobody wrote is garbage that a wrong mask or row would let through.
-    cache = 50 * normal(len(order), 2 * num_kv_heads, BLOCK, head_dim)
+    cache = 50 * normal(len(order), 2 * num_kv_heads, block_size, head_dim)
     tables = np.zeros((len(lengths), max(blocks)), dtype=np.int32)
     queries, keys, slots, expected = [], [], [], []
     for seq, (old, new) in enumerate(lengths):
@@ -58,10 +61,10 @@ def make_case(
         tables[seq, : blocks[seq]] = order[start : start + blocks[seq]]
         q, kv = normal(new, num_heads, head_dim), normal(old + new, 2 * num_kv_heads, head_dim)
         for position in range(old):
-            block, offset = tables[seq, position // BLOCK], position % BLOCK
+            block, offset = tables[seq, position // block_size], position % block_size
             cache[block, :, offset] = kv[position]
         slots += [
-            tables[seq, position // BLOCK] * BLOCK + position % BLOCK
+            tables[seq, position // block_size] * block_size + position % block_size
             for position in range(old, old + new)
         ]
         expected.append(reference(q, kv[:, :num_kv_heads], kv[:, num_kv_heads:], window))
@@ -73,7 +76,7 @@ def make_case(
         block_tables=tables,
         slot_mapping=np.array(slots, dtype=np.int32),
         num_decodes=next((i for i, (_, new) in enumerate(lengths) if new > 1), len(lengths)),
-        block_size=BLOCK,
+        block_size=block_size,
         device="cpu",
     )
     return Case(torch.cat(queries), torch.cat(keys), cache, meta, torch.cat(expected))
@@ -112,6 +115,7 @@ def test_equals_float64_attention(
     )
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mix", ["decodes of many lengths", "decodes and prefills"])
 def test_sixteen_bit_error_is_the_rounding(mix: str, dtype: torch.dtype) -> None:
@@ -119,6 +123,25 @@ def test_sixteen_bit_error_is_the_rounding(mix: str, dtype: torch.dtype) -> None
     case = make_case(MIXES[mix], (4, 2, 64), None, dtype)
     error = (run(case, dtype, None) - case.expected).norm() / case.expected.norm()
     assert error < 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="no AMX, or installed without a compiler")
+@pytest.mark.parametrize("window", [None, 1, 6, 33, 1000])
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("heads", NATIVE_HEADS, ids=str)
+def test_native_decodes(heads: tuple[int, int, int], block_size: int, window: int | None) -> None:
+    """The garbage behind a sequence's end is NaN: what is not seen must not be multiplied."""
+    lengths = [(old, 1) for old in (3, 30, 15, 0, 16, 31, 200)]
+    case = make_case(lengths, heads, window, torch.bfloat16, block_size)
+    assert is_native(case.q.bfloat16(), case.cache.bfloat16())
+    unseen = case.cache.abs() > 0
+    for seq, (old, new) in enumerate(lengths):
+        for position in range(old + new):
+            block = case.meta.block_tables[seq, position // block_size]
+            unseen[block, :, position % block_size] = False
+    case.cache[unseen] = torch.nan
+    error = (run(case, torch.bfloat16, window) - case.expected).norm() / case.expected.norm()
+    assert error < 2 * torch.finfo(torch.bfloat16).eps
 
 
 def test_store_touches_only_its_slots() -> None:

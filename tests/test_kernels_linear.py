@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 from engine.weights.awq import dequantize, quantize_rtn
+from kernels import cpu
+from kernels.cpu.int4 import AmxInt4Weight
 from kernels.dense_linear import dense_linear, pack_dense
+from kernels.int4_aten import AtenInt4Weight, aten_int4_linear, pack_aten_int4
 from kernels.int4_linear import Int4Weight, int4_linear, pack_int4
 from kernels.int8_linear import ROW_BLOCK, has_int8_kernel, int8_linear, pack_int8
 
@@ -19,6 +22,11 @@ DTYPES = list(TOLERANCE)
 
 needs_int8 = pytest.mark.skipif(
     not has_int8_kernel("cpu", torch.bfloat16), reason="no int8 kernel on this CPU"
+)
+
+
+needs_amx = pytest.mark.skipif(
+    cpu.library() is None, reason="no AMX, or installed without a compiler"
 )
 
 
@@ -35,6 +43,10 @@ def linear64(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias.double()
 
 
+def few_rows_of(weight: AtenInt4Weight) -> int:
+    return weight.few_rows.max_rows if weight.few_rows is not None else 0
+
+
 def quantized(
     rows: int, columns: int, group_size: int, dtype: torch.dtype, int8_activations: bool = False
 ) -> tuple[Int4Weight, Tensor]:
@@ -44,6 +56,7 @@ def quantized(
     return packed, dequantize(q, zeros, scales).t()
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("num_rows", ROWS)
 @pytest.mark.parametrize(("k", "group_size"), [(256, 32), (256, 64), (384, 128), (96, 96)])
@@ -58,6 +71,7 @@ def test_int4(dtype: torch.dtype, k: int, group_size: int, num_rows: int, bias: 
     assert relative_error(y, linear64(x, exact, added)) < TOLERANCE[dtype]
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("num_outputs", [8, 24, 40])
 @pytest.mark.parametrize("num_rows", ROWS)
 def test_int4_with_outputs_the_4_bit_kernel_cannot_tile(num_rows: int, num_outputs: int) -> None:
@@ -67,6 +81,7 @@ def test_int4_with_outputs_the_4_bit_kernel_cannot_tile(num_rows: int, num_outpu
     assert error < TOLERANCE[torch.bfloat16]
 
 
+@pytest.mark.usefixtures("kernels")
 def test_int4_extremes_of_q_and_zero() -> None:
     """The 4-bit kernel's (q - 8) * scale + (8 - zero) * scale, at every corner."""
     q = torch.tensor([0, 15], dtype=torch.uint8).repeat(64, 16)  # [K, N]
@@ -80,30 +95,47 @@ def test_int4_extremes_of_q_and_zero() -> None:
 
 def test_int4_forms_differ_by_one_rounding() -> None:
     """What a row's result may move by when other rows join its step."""
-    weight, _ = quantized(256, 1024, 128, torch.bfloat16)
+    q, zeros, scales = quantize_rtn(normal(256, 1024), 128)
+    weight = pack_aten_int4(q, zeros, scales, torch.bfloat16, "cpu")
     assert weight.few_rows is not None
     x = normal(weight.few_rows.max_rows, 1024, seed=1).bfloat16()
-    many = int4_linear(x, replace(weight, few_rows=None), None).double()
-    assert 0 < relative_error(int4_linear(x, weight, None), many) < 4e-3
+    many = aten_int4_linear(x, replace(weight, few_rows=None), None).double()
+    assert 0 < relative_error(aten_int4_linear(x, weight, None), many) < 4e-3
+
+
+@needs_amx
+@pytest.mark.parametrize("int8_activations", [False, True])
+@pytest.mark.parametrize("group_size", [32, 64, 96, 128])
+def test_amx_int4_rows_do_not_see_each_other(group_size: int, int8_activations: bool) -> None:
+    """Bit for bit, across every edge of the kernel's row blocks; what fixes a seed's tokens."""
+    weight, exact = quantized(80, 4 * group_size, group_size, torch.bfloat16, int8_activations)
+    assert isinstance(weight, AmxInt4Weight)
+    x, bias = normal(300, 4 * group_size, seed=1).bfloat16(), normal(80, seed=2).bfloat16()
+    together = int4_linear(x, weight, bias)
+    assert relative_error(together, linear64(x, exact, bias)) < 1e-2
+    for num_rows in (1, 2, 15, 16, 17, 32, 33, 48, 127, 128, 129, 256, 257):
+        assert torch.equal(int4_linear(x[:num_rows], weight, bias), together[:num_rows])
+    assert torch.equal(int4_linear(x[7::9], weight, bias), together[7::9])
 
 
 @needs_int8
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("num_rows", ROWS)
 @pytest.mark.parametrize("group_size", [32, 128])
+@pytest.mark.usefixtures("kernels")
 def test_int4_with_int8_activations(group_size: int, num_rows: int, bias: bool) -> None:
     weight, exact = quantized(64, 512, group_size, torch.bfloat16, int8_activations=True)
     x = normal(num_rows, 512, seed=1).bfloat16()
     added = normal(64, seed=2).bfloat16() if bias else None
     assert weight.int8_activations
-    assert weight.few_rows is not None
-    few = num_rows <= weight.few_rows.max_rows
+    few = isinstance(weight, AtenInt4Weight) and num_rows <= few_rows_of(weight)
     bound = TOLERANCE[torch.bfloat16] if few else INT8_TOLERANCE
     assert relative_error(int4_linear(x, weight, added), linear64(x, exact, added)) < bound
 
 
 def test_float32_is_exact_whatever_was_asked() -> None:
     weight, exact = quantized(64, 128, 32, torch.float32, int8_activations=True)
+    assert isinstance(weight, AtenInt4Weight)
     assert not weight.int8_activations
     x = normal(7, 128, seed=1)
     assert torch.equal(int4_linear(x, weight, None), torch.nn.functional.linear(x, exact))

@@ -19,7 +19,7 @@ from engine.models.linear import (
 )
 from kernels.activation import silu_mul
 from kernels.attention import AttentionMetadata, paged_attention, store_kv
-from kernels.norm import add_rms_norm, rms_norm
+from kernels.norm import add_rms_norm, head_rms_norm_
 from kernels.rope import apply_rope_
 
 
@@ -47,7 +47,7 @@ class Attention:
         qkv = self.qkv(hidden).view(-1, heads + 2 * kv_heads, self.head_dim)
         qk = qkv[:, : heads + kv_heads]
         if self.qk_norm is not None:
-            qk.copy_(rms_norm(qk, self.qk_norm, self.eps))
+            head_rms_norm_(qk, self.qk_norm, self.eps)
         apply_rope_(qk, *rotary)
         q, kv = qkv.split_with_sizes((heads, 2 * kv_heads), dim=1)
         store_kv(kv, cache, meta)

@@ -23,11 +23,11 @@ class Linear:
     bias: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if isinstance(self.weight, Int4Weight):
-            return int4_linear(x, self.weight, self.bias)
+        if isinstance(self.weight, DenseWeight):
+            return dense_linear(x, self.weight, self.bias)
         if isinstance(self.weight, Int8Weight):
             return int8_linear(x, self.weight, self.bias)
-        return dense_linear(x, self.weight, self.bias)
+        return int4_linear(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True, slots=True)
