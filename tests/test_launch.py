@@ -29,6 +29,7 @@ from ray.serve.schema import (
 from serve_app.deploy_status import failure, waiting_for
 from serve_app.ports import check_port, free_ports
 from serve_app.processes import RUN_DIR, started_with
+from tests.load import check_burst, check_leaving
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -40,7 +41,7 @@ START_S = 180  # a machine busy with other tests; alone it takes 12
 def clean_environ() -> dict[str, str]:
     """Without what the test session has set for its own Ray."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    return kept | {"RAY_ADDRESS": "local"}
+    return kept | {"RAY_ADDRESS": "local", "RAY_metrics_report_interval_ms": "500"}
 
 
 class Server:
@@ -162,6 +163,22 @@ def test_manta_serve_listens_on_this_machine_only(manta_serve: Server) -> None:
     beyond = [command for address, command in listeners if address not in LOOPBACK]
     assert [command.split(":")[2] for command in beyond] == ["ServeReplica"]
     assert stat.S_IMODE(manta_serve.run_dir().stat().st_mode) == 0o700
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_haproxy_passes_on_a_burst_and_streams_that_are_left(manta_serve: Server) -> None:
+    (session,) = {
+        found[1]
+        for command in manta_serve.processes().values()
+        if (found := re.search(r"--session[-_]dir[= ](\S+)", command))
+    }
+    (port,) = Path(session).glob("metrics_export_port_*")
+    check_burst(manta_serve.url, "demo")
+    metrics_url = f"http://127.0.0.1:{port.read_text()}/metrics"
+    # Not those that wait for a whole answer: when HAProxy takes its backup server, Serve's own
+    # proxy, it does not pass on that they left.
+    check_leaving(manta_serve.url, "demo", 1000, metrics_url, only_streams=True)
 
 
 @pytest.mark.slow
