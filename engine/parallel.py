@@ -4,6 +4,7 @@ Column-parallel linears need no communication, row-parallel ones one all_reduce,
 vocab-parallel head one gather to rank 0. With one rank every call is the identity.
 """
 
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -29,8 +30,9 @@ class ParallelGroup:
         if size == 1:
             return cls()
         host, port = address.rsplit(":", 1)
+        listener = socket.create_server((host, int(port))).detach() if rank == 0 else None
         store = dist.TCPStore(  # type: ignore[attr-defined]
-            host, int(port), size, rank == 0, timeout=_MEET
+            host, int(port), size, rank == 0, timeout=_MEET, master_listen_fd=listener
         )
         on_gpu = device == "cuda"
         dist.init_process_group(
