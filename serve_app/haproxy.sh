@@ -1,13 +1,20 @@
 #!/bin/sh
-# HAProxy as Ray Serve starts it, but its statistics and metrics pages, which Serve binds to every
-# interface and which ask for no token, are only reached from this machine. Serve takes this file
-# for HAProxy (RAY_SERVE_HAPROXY_BINARY_PATH); MANTA_HAPROXY is the real one.
+# HAProxy as Ray Serve starts it, with two changes to the configuration Serve has written. Serve
+# takes this file for HAProxy (RAY_SERVE_HAPROXY_BINARY_PATH); MANTA_HAPROXY is the real one.
+#
+# Its statistics and metrics pages, which Serve binds to every interface and which ask for no token,
+# are only reached from this machine.
+#
+# Bodies of requests are not spliced: HAProxy 2.8 no longer notices that a client has left once it
+# has spliced its body, which it does when the body comes in a later packet than the headers. All
+# of 8 such requests for a whole answer ran to their end, none does without.
 
 previous=
 for argument in "$@"; do
     if [ "$previous" = -f ]; then
         # "bind :9101" and "bind *:8404"; a frontend's line names its host
-        sed -i 's/^\( *bind \)\**:\([0-9]\)/\1127.0.0.1:\2/' "$argument" || exit 1
+        sed -i -e 's/^\( *bind \)\**:\([0-9]\)/\1127.0.0.1:\2/' \
+            -e '/^ *option splice-request$/d' "$argument" || exit 1
     fi
     previous=$argument
 done

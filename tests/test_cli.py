@@ -336,13 +336,15 @@ def test_joining_leaves_serve_s_flags_to_the_cluster(
     assert environ["RAY_AUTH_MODE"] == "token"
 
 
-def test_haproxy_s_own_pages_are_for_this_machine_only(tmp_path: Path) -> None:
-    """Under the two spellings of Serve's template; a frontend says where it listens."""
+def test_haproxy_gets_an_edited_configuration(tmp_path: Path) -> None:
+    """Its own pages are for this machine only, under the two spellings of Serve's template; a
+    frontend says where it listens. Bodies are not spliced."""
     environ = {"PATH": os.environ["PATH"]}
     launch_env.set_local_defaults(environ, tmp_path, verbose=False)
     assert Path(environ["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent == tmp_path
     frontends = "  bind 0.0.0.0:8000\n  bind :::8000\n  bind ::1:8000\n"
-    (tmp_path / "cfg").write_text("    bind :9101\n  bind *:8404\n" + frontends)
+    splice = "    option splice-request\n    option splice-response\n"
+    (tmp_path / "cfg").write_text(splice + "    bind :9101\n  bind *:8404\n" + frontends)
     command: list[str | Path] = [
         environ["RAY_SERVE_HAPROXY_BINARY_PATH"],
         "-db",
@@ -355,7 +357,7 @@ def test_haproxy_s_own_pages_are_for_this_machine_only(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environ, check=True, capture_output=True, text=True)
     assert done.stdout == f"-db -f {tmp_path / 'cfg'} -x a b\n"
     own = "    bind 127.0.0.1:9101\n  bind 127.0.0.1:8404\n"
-    assert (tmp_path / "cfg").read_text() == own + frontends
+    assert (tmp_path / "cfg").read_text() == "    option splice-response\n" + own + frontends
 
 
 def test_free_ports_differ() -> None:

@@ -167,7 +167,7 @@ def test_manta_serve_listens_on_this_machine_only(manta_serve: Server) -> None:
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_haproxy_passes_on_a_burst_and_streams_that_are_left(manta_serve: Server) -> None:
+def test_haproxy_passes_on_a_burst_and_clients_that_leave(manta_serve: Server) -> None:
     (session,) = {
         found[1]
         for command in manta_serve.processes().values()
@@ -176,9 +176,7 @@ def test_haproxy_passes_on_a_burst_and_streams_that_are_left(manta_serve: Server
     (port,) = Path(session).glob("metrics_export_port_*")
     check_burst(manta_serve.url, "demo")
     metrics_url = f"http://127.0.0.1:{port.read_text()}/metrics"
-    # Not those that wait for a whole answer: when HAProxy takes its backup server, Serve's own
-    # proxy, it does not pass on that they left.
-    check_leaving(manta_serve.url, "demo", 1000, metrics_url, only_streams=True)
+    check_leaving(manta_serve.url, "demo", 1000, metrics_url)
 
 
 @pytest.mark.slow
