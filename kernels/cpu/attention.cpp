@@ -70,7 +70,7 @@ MANTA_TARGET void multiply_keys(const Attention& a, long seq, long kv_head, long
     }
 }
 
-// In place: exponentials of scale * (scores - their maximum), 0 outside [first, last); -> their sum.
+// In place: e^(scale * (score - the largest)), 0 outside [first, last); -> their sum.
 MANTA_TARGET float soften(float* scores, long first, long last, long padded, float scale) {
     const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
     const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);

@@ -83,15 +83,16 @@ MANTA_TARGET void pack_row_int8(const Linear& linear, const Rows& rows, long row
     }
 }
 
-// `bytes` of packed weights -> tiles: two panels of one step.
-MANTA_TARGET inline void unpack_bf16(const uint8_t* packed, char* tiles, long bytes) {
+// 512 bytes of packed weights -> two tiles: two panels of one step, 32 inputs.
+MANTA_TARGET inline void unpack_bf16(const uint8_t* packed, char* tiles) {
     // bf16 of 0..15, twice: the look-up uses 5 bits and the fifth is the next nibble's.
     alignas(64) static const uint16_t kValues[32] = {
         0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120,
         0x4130, 0x4140, 0x4150, 0x4160, 0x4170, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0,
         0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170};
     const __m512i values = _mm512_load_si512(kValues);
-    for (long at = 0; at < bytes; at += 64, tiles += 256) {
+#pragma GCC unroll 8
+    for (long at = 0; at < 512; at += 64, tiles += 256) {
         __m512i words = _mm512_loadu_si512(packed + at);
         _mm_prefetch(reinterpret_cast<const char*>(packed) + at + kPrefetch, _MM_HINT_T0);
         _mm512_store_si512(tiles, _mm512_permutexvar_epi16(words, values));
@@ -104,13 +105,14 @@ MANTA_TARGET inline void unpack_bf16(const uint8_t* packed, char* tiles, long by
     }
 }
 
-// The same, less the zeros [2, 16] of the two panels.
+// `bytes` of packed weights -> two panels of one step, less their zeros [2, 16].
 MANTA_TARGET inline void unpack_int8(const uint8_t* packed, const uint8_t* zeros, char* tiles,
                                      long bytes) {
     const __m512i low = _mm512_set1_epi8(15), four_times = _mm512_set1_epi32(0x01010101);
     for (long panel = 0; panel < 2; ++panel) {
         __m128i zero = _mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros) + panel);
         const __m512i less = _mm512_mullo_epi32(_mm512_cvtepu8_epi32(zero), four_times);
+#pragma GCC unroll 8
         for (long at = 0; at < bytes / 2; at += 64, packed += 64, tiles += 128) {
             __m512i nibbles = _mm512_loadu_si512(packed);
             _mm_prefetch(reinterpret_cast<const char*>(packed) + kPrefetch, _MM_HINT_T0);
@@ -128,25 +130,7 @@ MANTA_TARGET inline void unpack(const uint8_t* packed, const uint8_t* zeros, cha
     if constexpr (kInt8)
         unpack_int8(packed, zeros, tiles, bytes);
     else
-        unpack_bf16(packed, tiles, bytes);
-}
-
-// Add the scaled products of one tile to sums [row, 2, 16]; `numbers` are those of `Rows`.
-template <bool kInt8>
-MANTA_TARGET inline void add_scaled(const char* products, const float* numbers, long groups,
-                                    long num_rows, __m512 scale, __m512 zero, float* sums) {
-    for (long row = 0; row < num_rows; ++row) {
-        const __m512 number = _mm512_set1_ps(numbers[row * groups]);
-        __m512 product, factor = scale;
-        if constexpr (kInt8) {
-            product = _mm512_cvtepi32_ps(_mm512_load_si512(products + row * 64));
-            factor = _mm512_mul_ps(scale, number);
-        } else {
-            product = _mm512_fnmadd_ps(zero, number, _mm512_load_ps(products + row * 64));
-        }
-        float* sum = sums + row * 2 * kTileRows;
-        _mm512_store_ps(sum, _mm512_fmadd_ps(factor, product, _mm512_load_ps(sum)));
-    }
+        unpack_bf16(packed, tiles);
 }
 
 // A macro, because the intrinsics want tile numbers as literals.
@@ -183,13 +167,14 @@ MANTA_TARGET inline void zero_products() {
     _tile_zero(3);
 }
 
+// -> [row, 2, 16]
 template <bool kTwo>
 MANTA_TARGET inline void store_products(char* products) {
-    _tile_stored(0, products, 64);
-    _tile_stored(1, products + kTileBytes, 64);
+    _tile_stored(0, products, 128);
+    _tile_stored(1, products + 64, 128);
     if constexpr (kTwo) {
-        _tile_stored(2, products + 2 * kTileBytes, 64);
-        _tile_stored(3, products + 3 * kTileBytes, 64);
+        _tile_stored(2, products + 2 * kTileBytes, 128);
+        _tile_stored(3, products + 2 * kTileBytes + 64, 128);
     }
 }
 
@@ -201,8 +186,7 @@ MANTA_TARGET void write_row(const Linear& linear, long row, long output, const f
         __m256i bits = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(sum));
         if (linear.bias != nullptr) {
             __m256i bias = _mm256_maskz_loadu_epi16(mask, linear.bias + output);
-            __m512 wide = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bias), 16));
-            bits = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_add_ps(sum, wide)));
+            bits = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_add_ps(sum, widen(bias))));
         }
         _mm256_mask_storeu_epi16(linear.y + row * linear.num_outputs + output, mask, bits);
     }
@@ -229,20 +213,32 @@ struct Scales {
     }
 };
 
-// Products in memory that are not yet in the sums: of `count` rows from `row` on.
+// Products in memory that are not yet in the sums: [count, 2, 16], like the sums they go to.
 struct Pending {
     Scales by;
-    long group, row, count;
+    long count;
     const char* products;
-
-    long tiles() const { return (count + kTileRows - 1) / kTileRows * 2; }
+    const float* numbers;  // of `Rows`
+    float* sums;
 
     template <bool kInt8>
-    MANTA_TARGET inline void add(const Rows& rows, long tile, float* sums) const {
-        long done = tile / 2 * kTileRows, side = tile % 2, at = (row + done) * rows.groups + group;
-        add_scaled<kInt8>(products + tile * kTileBytes, rows.numbers + at, rows.groups,
-                          std::min(kTileRows, count - done), by.scale[side], by.zero[side],
-                          sums + done * 2 * kTileRows + side * kTileRows);
+    MANTA_TARGET inline void add(long begin, long end, long groups) const {
+#pragma GCC unroll 4
+        for (long row = begin; row < end; ++row) {
+            const __m512 number = _mm512_set1_ps(numbers[row * groups]);
+            for (long side = 0; side < 2; ++side) {
+                const char* from = products + row * 128 + side * 64;
+                float* to = sums + row * 32 + side * 16;
+                __m512 product, factor = by.scale[side];
+                if constexpr (kInt8) {
+                    product = _mm512_cvtepi32_ps(_mm512_load_si512(from));
+                    factor = _mm512_mul_ps(factor, number);
+                } else {
+                    product = _mm512_fnmadd_ps(by.zero[side], number, _mm512_load_ps(from));
+                }
+                _mm512_store_ps(to, _mm512_fmadd_ps(factor, product, _mm512_load_ps(to)));
+            }
+        }
     }
 };
 
@@ -257,21 +253,19 @@ struct Unpacking {
 // unpack a step of the next group and add a share of the last products: what is in flight at once
 // has to fit the core's window, so the three are cut as finely as the steps.
 template <bool kInt8, bool kTwo>
-MANTA_TARGET void multiply_group(const Rows& rows, long block, long group, const char* weights,
-                                 Unpacking next, const Pending& pending, float* pending_sums,
-                                 char* products) {
+MANTA_TARGET inline __attribute__((always_inline)) void multiply_group(
+    const Rows& rows, long block, long group, const char* weights, Unpacking next,
+    const Pending& pending, char* products) {
     const long tile = 2 * rows.depth * kTileRows, packed_step = tile / (kInt8 ? 2 : 4);
-    const long tiles = pending.tiles(), steps = rows.steps;
-    long added = 0;
+    const long share = (pending.count + rows.steps - 1) / rows.steps;
     zero_products();
-    for (long step = 0; step < steps; ++step) {
+    for (long step = 0; step < rows.steps; ++step) {
         multiply_step<kInt8, kTwo>(rows, block, group, step, weights + step * tile);
-        if (next.packed != nullptr) {
+        if (next.packed != nullptr)
             unpack<kInt8>(next.packed + step * packed_step, next.zeros, next.tiles + step * tile,
                           packed_step);
-        }
-        for (; added * steps < tiles * (step + 1); ++added)
-            pending.add<kInt8>(rows, added, pending_sums);
+        const long begin = std::min(step * share, pending.count);
+        pending.add<kInt8>(begin, std::min(begin + share, pending.count), rows.groups);
     }
     store_products<kTwo>(products);
 }
@@ -296,17 +290,21 @@ MANTA_TARGET void multiply_panels(const Linear& linear, const Rows& rows, long p
         for (long row = first; row < last; row += 2 * kTileRows, turn ^= 1) {
             Unpacking next = {};
             if (row == first && group + 1 < rows.groups)
-                next = {packed += packed_group, zeros += 2 * kTileRows, buffers.weights[(group + 1) % 2]};
-            auto multiply = row + kTileRows < last ? multiply_group<kInt8, true>
-                                                   : multiply_group<kInt8, false>;
-            multiply(rows, row / kTileRows, group, buffers.weights[group % 2], next, pending,
-                     buffers.sums + (pending.row - first) * 2 * kTileRows, buffers.products[turn]);
-            pending = {scales, group, row, std::min(2 * kTileRows, last - row),
-                       buffers.products[turn]};
+                next = {packed += packed_group, zeros += 2 * kTileRows,
+                        buffers.weights[(group + 1) % 2]};
+            char* products = buffers.products[turn];
+            if (row + kTileRows < last)
+                multiply_group<kInt8, true>(rows, row / kTileRows, group,
+                                            buffers.weights[group % 2], next, pending, products);
+            else
+                multiply_group<kInt8, false>(rows, row / kTileRows, group,
+                                             buffers.weights[group % 2], next, pending, products);
+            pending = {scales, std::min(2 * kTileRows, last - row), products,
+                       rows.numbers + row * rows.groups + group,
+                       buffers.sums + (row - first) * 2 * kTileRows};
         }
     }
-    for (long added = 0; added < pending.tiles(); ++added)
-        pending.add<kInt8>(rows, added, buffers.sums + (pending.row - first) * 2 * kTileRows);
+    pending.add<kInt8>(0, pending.count, rows.groups);
     for (long row = first; row < last; ++row)
         write_row(linear, row, pair * 2 * kTileRows, buffers.sums + (row - first) * 2 * kTileRows);
 }
