@@ -11,6 +11,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """gate_up [T, 2*I], gate first -> [T, I]."""
     native = library_for(gate_up)
     if native is not None:
+        assert gate_up.is_contiguous()
         rows, size = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty(rows, size)
         native.manta_silu_mul(

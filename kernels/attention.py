@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention_plan import DecodePlan, Int32Array, KeyBlocks, Planner, PrefillTile
-from kernels.cpu import library, library_for
+from kernels.cpu import check_dense, library, library_for
 
 NATIVE_HEAD_DIMS = (32, 64, 96, 128, 256)  # those kernels/cpu/attention.cpp is compiled for
 
@@ -55,6 +55,9 @@ class AttentionMetadata:
     ) -> "AttentionMetadata":
         assert len(query_start_loc) == len(context_lens) + 1 == len(block_tables) + 1
         assert len(slot_mapping) == query_start_loc[-1]
+        for array in (block_tables, context_lens, slot_mapping):  # native kernels read them
+            assert array.dtype == np.int32
+            assert array.strides[-1] == 4 or array.shape[-1] <= 1
         return cls(
             query_start_loc=query_start_loc,
             context_lens=context_lens,
@@ -74,8 +77,11 @@ class AttentionMetadata:
 def store_kv(kv: Tensor, cache: Tensor, meta: AttentionMetadata) -> None:
     """Write the new tokens' keys and values, kv [T, 2 * Hkv, D], into their slots."""
     assert cache.shape[1:] == (kv.shape[1], meta.block_size, kv.shape[2])
+    assert len(kv) == len(meta.slot_mapping)
     native = library_for(kv)
     if native is not None:
+        assert kv.stride(1) == kv.shape[2]
+        check_dense(cache, cache.shape)
         native.manta_store_kv(
             kv.data_ptr(), cache.data_ptr(), meta.addresses[2], *kv.shape[:2],
             kv.shape[2] * kv.itemsize, kv.stride(0) * kv.itemsize, meta.block_size,
@@ -138,6 +144,9 @@ def _attend_decodes_native(
 ) -> None:
     native = library()
     assert native is not None
+    assert q.stride(2) == q.shape[3]
+    assert q.stride(1) == q.shape[2] * q.shape[3]
+    check_dense(cache, (len(cache), 2 * q.shape[1], meta.block_size, q.shape[3]))
     native.manta_decode_attention(
         q.data_ptr(), cache.data_ptr(), *meta.addresses[:2], out.data_ptr(), *q.shape,
         meta.block_size, q.stride(0), meta.block_tables.strides[0] // 4, window or 0, scale,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cpu import library_for
+from kernels.cpu import check_dense, library_for
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -25,6 +25,7 @@ def head_rms_norm_(x: Tensor, weight: Tensor, eps: float) -> None:
         return
     tokens, heads, size = x.shape
     assert x.stride(1) == size
+    check_dense(weight, (heads, size))
     native.manta_rms_norm_heads(
         x.data_ptr(), weight.data_ptr(), tokens, heads, size, x.stride(0), eps,
         torch.get_num_threads(),
@@ -38,7 +39,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         residual = x + residual
         return rms_norm(residual, weight, eps), residual
     assert x.is_contiguous()
-    assert residual.is_contiguous()
+    check_dense(residual, x.shape)
+    check_dense(weight, x.shape[1:])
     total, normed = torch.empty_like(x), torch.empty_like(x)
     native.manta_add_rms_norm(
         x.data_ptr(), residual.data_ptr(), weight.data_ptr(), total.data_ptr(),

@@ -13,7 +13,7 @@ elementwise calls for all heads instead of eleven, 8 µs instead of 25 for one t
 import torch
 from torch import Tensor
 
-from kernels.cpu import library_for
+from kernels.cpu import check_dense, library_for
 
 
 def signed_sin(sin: Tensor) -> Tensor:
@@ -30,6 +30,8 @@ def apply_rope_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     native = library_for(x)
     if native is not None:
         assert x.stride(1) == x.shape[2]
+        check_dense(cos, (len(x), 1, rotary_dim))
+        check_dense(sin, cos.shape)
         native.manta_rope(
             x.data_ptr(), cos.data_ptr(), sin.data_ptr(), *x.shape, rotary_dim, x.stride(0),
             torch.get_num_threads(),

@@ -5,6 +5,7 @@ computes with torch. They are plain C functions over pointers; bf16 only.
 """
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 
@@ -41,6 +42,13 @@ def library_for(x: Tensor) -> ctypes.CDLL | None:
     if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.stride(-1) != 1:
         return None
     return library()
+
+
+def check_dense(tensor: Tensor, shape: Sequence[int]) -> None:
+    """An operand that a kernel reads by address alone: a wrong one would be read as memory."""
+    assert tensor.dtype == torch.bfloat16, tensor.dtype
+    assert tensor.shape == tuple(shape), (tensor.shape, shape)
+    assert tensor.is_contiguous()
 
 
 def _has_instructions() -> bool:

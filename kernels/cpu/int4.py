@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cpu import library
+from kernels.cpu import check_dense, library
 
 PANELS = 2  # of 16 outputs, multiplied together
 PANEL = 16
@@ -56,7 +56,13 @@ def amx_int4_linear(x: Tensor, weight: AmxInt4Weight, bias: Tensor | None) -> Te
     native = library()
     assert native is not None
     num_outputs, num_inputs = weight.shape
+    assert x.dtype == torch.bfloat16, x.dtype
+    assert x.stride(1) == 1
+    if bias is not None:
+        check_dense(bias, (num_outputs,))
     y = x.new_empty(x.shape[0], num_outputs)
+    if len(x) == 0:  # a tile of no rows is an instruction fault
+        return y
     native.manta_int4_linear(
         x.data_ptr(),
         weight.packed.data_ptr(),

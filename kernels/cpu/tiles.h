@@ -53,7 +53,7 @@ MANTA_TARGET inline void round_to(uint16_t* bf16, __m512 values) {
 
 // e^x for x <= 0, -inf included, to 2 units in the last place.
 MANTA_TARGET inline __m512 exp512(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-104.0f));  // e^-104 rounds to 0
+    x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);  // e^-104 rounds to 0; a NaN of x stays
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
