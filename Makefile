@@ -12,6 +12,7 @@ help:
 	@echo "make install   the package and its tools into $(VENV)"
 	@echo "make serve     the demo model at http://127.0.0.1:8000/v1  (ARGS=\"MODEL --port 8001\")"
 	@echo "make test      pytest  (ARGS=\"-k scheduler\")"
+	@echo "make coverage  pytest, then the share of engine/ and serve_app/ that ran; fails below 90 %"
 	@echo "make check     ruff format, ruff, mypy"
 	@echo "make bench     every benchmark, then docs/benchmarks.md"
 
@@ -32,6 +33,11 @@ serve: install
 test: install
 	@$(VENV)/bin/python -m pytest $(ARGS)
 
+coverage: install
+	@$(VENV)/bin/python -m coverage run -m pytest $(ARGS)
+	@$(VENV)/bin/python -m coverage combine -q
+	@$(VENV)/bin/python -m coverage report --sort=cover --skip-covered
+
 check: install
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/ruff check .
@@ -43,4 +49,4 @@ bench: install
 	@$(VENV)/bin/python -m benchmarks.cpu_engine
 	@$(VENV)/bin/python -m benchmarks.report
 
-.PHONY: help install serve test check bench
+.PHONY: help install serve test coverage check bench

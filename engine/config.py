@@ -41,7 +41,7 @@ class EngineConfig:
     cache_max_entry_count: float | int = 0.8
     max_cpu_cache_bytes: int = 2 * GiB
     enable_prefix_caching: bool = True
-    int8_activations: bool = False  # CPU: quantise rows to int8 per token; faster, not exact
+    int8_activations: bool = False  # CPU: rows to int8, lm_head too; faster, not exact
     num_threads: int | None = None  # CPU threads of each rank; None: cores / tp
     seed: int | None = None  # draws of requests without a seed; None: different at every start
     step_timeout_s: int = 120  # a step that takes longer counts as hung

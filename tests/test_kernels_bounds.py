@@ -31,8 +31,13 @@ BF16_EPS = torch.finfo(torch.bfloat16).eps
 def int4_weight(n: int, k: int, group_size: int, int8: bool) -> tuple[AmxInt4Weight, Tensor]:
     q, zeros, scales = quantize_rtn(normal(n, k), group_size)
     weight = pack_amx_int4(q, zeros, scales, int8)
-    parts = {name: guarded(getattr(weight, name)) for name in ("packed", "scales", "zeros")}
-    return replace(weight, **parts), dequantize(q, zeros, scales).t()
+    weight = replace(
+        weight,
+        packed=guarded(weight.packed),
+        scales=guarded(weight.scales),
+        zeros=guarded(weight.zeros),
+    )
+    return weight, dequantize(q, zeros, scales).t()
 
 
 @settings(max_examples=60)
