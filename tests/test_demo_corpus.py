@@ -11,6 +11,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tools.demo_chat import Chat, Message, render
 from tools.demo_corpus import (
+    LAST_MIXTURE,
     LATE_MIXTURE,
     MIXTURE,
     TASKS,
@@ -58,7 +59,7 @@ def test_same_seed_same_chats() -> None:
     assert len({text_of(chat) for chat in first}) > 190
 
 
-@pytest.mark.parametrize("mixture", [MIXTURE, LATE_MIXTURE])
+@pytest.mark.parametrize("mixture", [MIXTURE, LATE_MIXTURE, LAST_MIXTURE])
 def test_mixtures_cover_every_task(mixture: dict[str, float]) -> None:
     assert set(mixture) == set(TASKS)
     assert sum(mixture.values()) == pytest.approx(1)

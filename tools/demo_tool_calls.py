@@ -53,27 +53,24 @@ def tool_none_chat(source: Source) -> Chat:
 
 
 def _draw_tools(source: Source) -> list[Tool]:
-    families = source.rng.sample(FAMILIES, source.pick((1, 1, 2, 2, 3, 4)))
+    families = source.rng.sample(FAMILIES, source.pick((1, 1, 1, 2, 2, 3)))
     return [_named_tool(source, family) for family in families]
 
 
 def _named_tool(source: Source, family: Family) -> Tool:
-    names = family.names[-1:] if source.held_out else family.names[:-1]
-    name, arguments = source.pick(names), [source.pick(names) for names in family.parameters]
-    if not source.held_out and source.chance(0.75):
-        name = _unusual_name(source, family)
-    if not source.held_out and source.chance(0.25):
+    arguments = [source.pick(names) for names in family.parameters]
+    if source.chance(0.1):
         arguments = source.rng.sample(WORDS, len(arguments))
-    return Tool(family, name, tuple(arguments))
+    return Tool(family, _name(source, family), tuple(arguments))
 
 
-def _unusual_name(source: Source, family: Family) -> str:
-    """Usual names are recalled; names of random parts can only be read off the prompt."""
-    if source.chance(0.6):
+def _name(source: Source, family: Family) -> str:
+    """Usual names are recalled; names of unusual parts can only be read off the prompt."""
+    kind = source.rng.random()
+    if kind < 0.1:
         return "_".join(source.words(2))
-    part = source.pick(source.pick(family.names[:-1]).split("_"))
-    name = f"{source.pick(NAME_PREFIXES)}_{part}"
-    return part if name == family.names[-1] else name
+    name = source.pick(family.names)
+    return name if kind < 0.75 else f"{source.pick(NAME_PREFIXES)}_{name.split('_')[-1]}"
 
 
 def _opening(source: Source) -> list[Message]:

@@ -24,7 +24,7 @@ class ToolUse:
 
 @dataclass(frozen=True)
 class Family:
-    """`parameters` gives the possible names of each argument; the last tool name is held out."""
+    """`parameters` gives the possible names of each argument."""
 
     names: tuple[str, ...]
     descriptions: tuple[str, ...]

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.multiprocessing import get_context
 from tqdm import tqdm
 
-from tools.demo_corpus import LATE_MIXTURE, MIXTURE, sample_chat
+from tools.demo_corpus import LAST_MIXTURE, LATE_MIXTURE, MIXTURE, sample_chat
 from tools.demo_model import DemoConfig, DemoModel, rotary_table
 from tools.demo_tokenizer import END_ID, PAD_ID, encode_chat, save_tokenizer, train_tokenizer
 from tools.demo_words import Source
@@ -42,7 +42,8 @@ MUON_LR = 0.01
 ADAM_LR = 3e-3
 EMBEDDING_LR = 0.02
 WARMUP_STEPS = 40
-LATE_FROM_STEP = 700
+# The first step of each mixture.
+MIXTURES = {0: MIXTURE, 700: LATE_MIXTURE, 2600: LAST_MIXTURE}
 # The share of steps in which the learning rate falls linearly to zero.
 DECAY_SHARE = 0.5
 CHECKPOINT_EVERY = 100
@@ -192,7 +193,7 @@ class Optimizer:
 def draw_batch(tokenizer: Tokenizer, step: int, max_length: int) -> list[MicroBatch]:
     """Fresh chats worth about TOKENS_PER_STEP, those of like length together."""
     source = Source(Random(f"train {SEED} {step}"))
-    mixture = MIXTURE if step < LATE_FROM_STEP else LATE_MIXTURE
+    mixture = MIXTURES[max(first for first in MIXTURES if first <= step)]
     rows: list[tuple[list[int], list[bool]]] = []
     drawn = 0
     while drawn < TOKENS_PER_STEP:
@@ -301,7 +302,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=4200)
     parser.add_argument(
         "--work", type=Path, default=Path("local/train_demo"), help="resumable state"
     )
