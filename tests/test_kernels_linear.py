@@ -118,6 +118,17 @@ def test_amx_int4_rows_do_not_see_each_other(group_size: int, int8_activations: 
     assert torch.equal(int4_linear(x[7::9], weight, bias), together[7::9])
 
 
+@needs_amx
+@pytest.mark.parametrize("int8_activations", [False, True])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_amx_int4_does_not_hide_a_nan(poison: float, int8_activations: bool) -> None:
+    weight, _ = quantized(32, 256, 64, torch.bfloat16, int8_activations)
+    x = normal(3, 256, seed=1).bfloat16()
+    x[1, 100] = poison
+    finite = int4_linear(x, weight, None).isfinite().all(dim=1)
+    assert finite.tolist() == [True, False, True]
+
+
 @needs_int8
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("num_rows", ROWS)

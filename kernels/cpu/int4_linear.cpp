@@ -66,10 +66,14 @@ MANTA_TARGET void pack_row_bf16(const Linear& linear, const Rows& rows, long row
 MANTA_TARGET void pack_row_int8(const Linear& linear, const Rows& rows, long row) {
     const uint16_t* from = linear.x + row * linear.x_stride;
     for (long group = 0; group < rows.groups; ++group) {
-        __m512 most = _mm512_setzero_ps();
-        for (long k = 0; k < linear.group_size; k += 16)
-            most = _mm512_max_ps(most, _mm512_abs_ps(widen(from + k)));
-        const float value = std::max(_mm512_reduce_max_ps(most) / 127.0f, 1e-30f);
+        __m512 most = _mm512_setzero_ps(), poison = most;  // NaN if a value is NaN or infinite
+        for (long k = 0; k < linear.group_size; k += 16) {
+            __m512 values = widen(from + k);
+            most = _mm512_max_ps(most, _mm512_abs_ps(values));
+            poison = _mm512_add_ps(poison, _mm512_sub_ps(values, values));
+        }
+        const float value = std::max(_mm512_reduce_max_ps(most) / 127.0f, 1e-30f) +
+                            _mm512_reduce_add_ps(poison);
         const __m512 inverse = _mm512_set1_ps(1.0f / value);
         for (long step = 0; step < rows.steps; ++step) {
             char* to = rows.tile(row / kTileRows, group, step) + row % kTileRows * rows.depth;
