@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu import library
-from kernels.cpu.int4 import GROUP_MULTIPLE, AmxInt4Weight, amx_int4_linear, pack_amx_int4
+from kernels.cpu.int4 import GROUP_SIZES, AmxInt4Weight, amx_int4_linear, pack_amx_int4
 from kernels.int4_aten import AtenInt4Weight, aten_int4_linear, pack_aten_int4
 
 Int4Weight = AmxInt4Weight | AtenInt4Weight
@@ -31,7 +31,7 @@ def pack_int4(
     group_size = q.shape[0] // scales.shape[0]
     assert q.shape == (group_size * scales.shape[0], scales.shape[1])
     assert zeros.shape == scales.shape
-    tiled = device == "cpu" and dtype == torch.bfloat16 and group_size % GROUP_MULTIPLE == 0
+    tiled = device == "cpu" and dtype == torch.bfloat16 and group_size in GROUP_SIZES
     if tiled and library() is not None:
         return pack_amx_int4(q, zeros, scales, int8_activations)
     return pack_aten_int4(q, zeros, scales, dtype, device, int8_activations)

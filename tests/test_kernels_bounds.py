@@ -45,7 +45,7 @@ def int4_weight(n: int, k: int, group_size: int, int8: bool) -> tuple[AmxInt4Wei
     m=st.integers(1, 150),
     n=st.integers(1, 100),
     groups=st.integers(1, 5),
-    group_size=st.sampled_from([32, 64, 96, 128, 160, 256]),
+    group_size=st.sampled_from([32, 64, 128, 256]),
     int8=st.booleans(),
     bias=st.booleans(),
     margin=st.sampled_from([0, 1, 16]),

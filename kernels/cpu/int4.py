@@ -18,7 +18,7 @@ from kernels.cpu import check_dense, library
 
 PANELS = 2  # of 16 outputs, multiplied together
 PANEL = 16
-GROUP_MULTIPLE = 32
+GROUP_SIZES = (32, 64, 128, 256)  # those the kernel is compiled for
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +36,10 @@ class AmxInt4Weight:
 def pack_amx_int4(
     q: Tensor, zeros: Tensor, scales: Tensor, int8_activations: bool
 ) -> AmxInt4Weight:
-    """q uint8 [K, N], zeros uint8 [K/g, N], scales [K/g, N]; g a multiple of 32."""
+    """q uint8 [K, N], zeros uint8 [K/g, N], scales [K/g, N]; g of GROUP_SIZES."""
     (num_inputs, num_outputs), groups = q.shape, scales.shape[0]
     group_size = num_inputs // groups
+    assert group_size in GROUP_SIZES
     padding = -num_outputs % (PANELS * PANEL)
     q, zeros, scales = (F.pad(part, (0, padding)) for part in (q, zeros, scales.float()))
     return AmxInt4Weight(

@@ -227,7 +227,7 @@ struct Pending {
 
     template <bool kInt8>
     MANTA_TARGET inline void add(long begin, long end, long groups) const {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (long row = begin; row < end; ++row) {
             const __m512 number = _mm512_set1_ps(numbers[row * groups]);
             for (long side = 0; side < 2; ++side) {
@@ -256,26 +256,30 @@ struct Unpacking {
 // One group of up to 32 rows times two panels. The tiles multiply one step while the vector units
 // unpack a step of the next group and add a share of the last products: what is in flight at once
 // has to fit the core's window, so the three are cut as finely as the steps.
-template <bool kInt8, bool kTwo>
+template <bool kInt8, bool kTwo, int kSteps>
 MANTA_TARGET inline __attribute__((always_inline)) void multiply_group(
     const Rows& rows, long block, long group, const char* weights, Unpacking next,
     const Pending& pending, char* products) {
     const long tile = 2 * rows.depth * kTileRows, packed_step = tile / (kInt8 ? 2 : 4);
-    const long share = (pending.count + rows.steps - 1) / rows.steps;
+    constexpr long kShare = 2 * kTileRows / kSteps;
     zero_products();
-    for (long step = 0; step < rows.steps; ++step) {
+#pragma GCC unroll 8
+    for (long step = 0; step < kSteps; ++step) {
         multiply_step<kInt8, kTwo>(rows, block, group, step, weights + step * tile);
         if (next.packed != nullptr)
             unpack<kInt8>(next.packed + step * packed_step, next.zeros, next.tiles + step * tile,
                           packed_step);
-        const long begin = std::min(step * share, pending.count);
-        pending.add<kInt8>(begin, std::min(begin + share, pending.count), rows.groups);
+        if (pending.count == 2 * kTileRows)  // unrolled
+            pending.add<kInt8>(step * kShare, (step + 1) * kShare, rows.groups);
+        else
+            pending.add<kInt8>(std::min(step * kShare, pending.count),
+                               std::min((step + 1) * kShare, pending.count), rows.groups);
     }
     store_products<kTwo>(products);
 }
 
 // Rows [first, last) times two panels.
-template <bool kInt8>
+template <bool kInt8, int kSteps>
 MANTA_TARGET void multiply_panels(const Linear& linear, const Rows& rows, long pair, long first,
                                   long last, const Buffers& buffers) {
     const long packed_group = linear.group_size * kTileRows;
@@ -298,10 +302,10 @@ MANTA_TARGET void multiply_panels(const Linear& linear, const Rows& rows, long p
                         buffers.weights[(group + 1) % 2]};
             char* products = buffers.products[turn];
             if (row + kTileRows < last)
-                multiply_group<kInt8, true>(rows, row / kTileRows, group,
+                multiply_group<kInt8, true, kSteps>(rows, row / kTileRows, group,
                                             buffers.weights[group % 2], next, pending, products);
             else
-                multiply_group<kInt8, false>(rows, row / kTileRows, group,
+                multiply_group<kInt8, false, kSteps>(rows, row / kTileRows, group,
                                              buffers.weights[group % 2], next, pending, products);
             pending = {scales, std::min(2 * kTileRows, last - row), products,
                        rows.numbers + row * rows.groups + group,
@@ -323,12 +327,16 @@ MANTA_TARGET void multiply_all(const Linear& linear, const Rows& rows, long thre
                     reinterpret_cast<float*>(memory + 2 * unpacked + 8 * kTileBytes)};
     const long pairs = linear.pairs();
     const long begin = pairs * thread / threads, end = pairs * (thread + 1) / threads;
+    const auto multiply = rows.steps == 1   ? multiply_panels<kInt8, 1>
+                          : rows.steps == 2 ? multiply_panels<kInt8, 2>
+                          : rows.steps == 4 ? multiply_panels<kInt8, 4>
+                                            : multiply_panels<kInt8, 8>;
     TileConfig config = tile_config(std::min(kTileRows, linear.num_rows), rows.depth);
     _tile_loadconfig(&config);
     for (long first = 0; first < linear.num_rows; first += kRowBlock) {
         long last = std::min(first + kRowBlock, linear.num_rows);
         for (long pair = begin; pair < end; ++pair)
-            multiply_panels<kInt8>(linear, rows, pair, first, last, buffers);
+            multiply(linear, rows, pair, first, last, buffers);
     }
     _tile_release();
 }
