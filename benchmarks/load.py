@@ -48,10 +48,26 @@ class Connection:
         self._writer: asyncio.StreamWriter | None = None
 
     async def post(self, path: str, body: Mapping[str, Any]) -> Reply:
-        """Send a request and read its reply to the end. Raises ConnectionError if it is cut."""
-        if self._writer is None:
-            self._reader, self._writer = await asyncio.open_connection(self._host, self._port)
+        """Send a request and read its reply to the end. Raises ConnectionError if it is cut.
+
+        A kept-alive connection may have been closed meanwhile, as HAProxy does when it reloads:
+        then the request goes to a new one.
+        """
+        if self._writer is not None:
+            try:
+                return await self._exchange(path, body)
+            except ConnectionResetError:
+                self._writer.close()
+            except asyncio.IncompleteReadError as error:
+                if error.partial:
+                    raise
+                self._writer.close()
+        self._reader, self._writer = await asyncio.open_connection(self._host, self._port)
+        return await self._exchange(path, body)
+
+    async def _exchange(self, path: str, body: Mapping[str, Any]) -> Reply:
         assert self._reader is not None
+        assert self._writer is not None
         content = json.dumps(body).encode()
         head = (
             f"POST {self._prefix}{path} HTTP/1.1\r\nHost: {self._host}\r\n"
