@@ -25,7 +25,7 @@ pytestmark = pytest.mark.ray
 
 Bodies = list[tuple[str, dict[str, Any]]]
 LONGEST = 120  # tokens of the longest answers, by which faults are timed
-SETTINGS = {"cache_max_entry_count": 1200, "num_threads": 1, "step_timeout_s": 3}
+SETTINGS = {"cache_max_entry_count": 1200, "num_threads": 1}
 
 
 def mixed_bodies(count: int, salt: str) -> Bodies:
@@ -69,11 +69,10 @@ async def answer(running: RunningReplica, path: str, body: dict[str, Any]) -> di
 def join(whole: dict[str, Any], part: dict[str, Any]) -> None:
     """Text and lists grow, objects grow inside, the last of anything else stays."""
     for name, value in part.items():
-        earlier = whole.get(name)
         if isinstance(value, dict):
             join(whole.setdefault(name, {}), value)
-        elif isinstance(value, (str, list)) and name not in ("finish_reason", "stop_reason"):
-            whole[name] = (earlier or type(value)()) + value
+        elif isinstance(value, list) or name == "text":
+            whole[name] = value if whole.get(name) is None else whole[name] + value
         elif value is not None:
             whole[name] = value
 
@@ -131,17 +130,27 @@ async def send(group: EngineGroup, rank: int, number: signal.Signals) -> None:
 
 def fault(name: str, rank: int = 0) -> Callable[[EngineGroup], Any]:
     def raises(actor: EngineActor) -> None:
-        def execute(*step: Any) -> None:
+        def execute(*step: Any) -> Any:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-        actor._running()._engine.executor.execute = execute  # type: ignore[method-assign]
+        executor: Any = actor._running()._engine.executor
+        executor.execute = execute
+
+    def soon_hung(actor: EngineActor) -> None:
+        actor._running()._step_timeout_s = 1
+
+    async def stops(group: EngineGroup) -> None:
+        await in_rank(group, 0, soon_hung)
+        await send(group, rank, signal.SIGSTOP)
 
     def hangs(actor: EngineActor) -> None:
-        actor._running()._engine.step = threading.Event().wait  # type: ignore[assignment]
+        actor._running()._step_timeout_s = 1
+        engine: Any = actor._running()._engine
+        engine.step = threading.Event().wait
 
     faults: dict[str, Callable[[EngineGroup], Any]] = {
         "killed": lambda group: send(group, rank, signal.SIGKILL),
-        "stopped": lambda group: send(group, rank, signal.SIGSTOP),
+        "stopped": stops,
         "raises": lambda group: in_rank(group, rank, raises),
         "hangs": lambda group: in_rank(group, rank, hangs),
     }

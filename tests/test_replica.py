@@ -28,8 +28,8 @@ class RunningReplica:
 
     def __init__(self, checkpoint: Path, **settings: Any) -> None:
         self._loop = asyncio.new_event_loop()
-        values = {"model": str(checkpoint), "dtype": "float32", "device": "cpu"}
-        values |= {"cache_max_entry_count": 64}
+        values: dict[str, Any] = {"dtype": "float32", "device": "cpu", "cache_max_entry_count": 64}
+        values["model"] = str(checkpoint)
         self.run(self._start(EngineConfig.from_dict(values | settings)))
 
     async def _start(self, config: EngineConfig) -> None:
@@ -45,7 +45,7 @@ class RunningReplica:
         self.engine: AsyncEngine = self._app.state.model.engine
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return self._loop.run_until_complete(asyncio.wait_for(coroutine, 60))
+        return self._loop.run_until_complete(asyncio.wait_for(coroutine, 120))
 
     def get(self, path: str) -> httpx.Response:
         return self.run(self.client.get(path))
