@@ -58,7 +58,7 @@ class EngineActor:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(None, self._start, address, loop)
 
-    async def submit(self, requests: list[EngineRequest], admitted: bool) -> None:
+    async def submit(self, requests: list[EngineRequest], admitted: bool = False) -> None:
         self._running().submit(requests, admitted=admitted)
 
     async def abort(self, request_ids: list[str]) -> None:

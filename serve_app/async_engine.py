@@ -146,7 +146,7 @@ class AsyncEngine:
         self._group = None
 
     async def _replacement(self, death: EngineDeadError) -> "EngineGroup":
-        """Another group; EngineDeadError when none can be started or each dies at once."""
+        """Another group; EngineDeadError when none can be started, or each died without a token."""
         while True:
             self._num_fruitless += 1
             if self._num_fruitless > MAX_FRUITLESS_DEATHS:
@@ -156,7 +156,8 @@ class AsyncEngine:
                 ) from death.__cause__
             self._metrics.record_recovery()
             try:
-                return await asyncio.wait_for(self._start_group(), REBUILD_TIMEOUT_S)
+                async with asyncio.timeout(REBUILD_TIMEOUT_S):
+                    return await self._start_group()
             except EngineDeadError as error:
                 logger.warning("its successor died at its start: %s", _with_cause(error))
                 death = error
@@ -177,6 +178,7 @@ class AsyncEngine:
                 "last time nothing else; it is not tried again"
             )
             request_id = held[0].request.request_id
+            logger.error("%s: %s", request_id, error)
             self._dispatch(SequenceOutput(request_id, finish_reason="error", error=error))
 
     def _submit_waiting(self) -> None:
@@ -198,7 +200,7 @@ class AsyncEngine:
         waiting = [s.request for s in sequences if not s.in_engine and s.num_deaths == 0]
         num_tokens = sum(len(request.prompt_token_ids) for request in (*waiting, *requests))
         error = queue_full(
-            len(waiting),
+            len(waiting) + len(requests) - 1,
             num_tokens,
             self._config.max_waiting_requests,
             self._config.max_waiting_tokens,
