@@ -276,9 +276,9 @@ class AsyncEngine:
             return
         error = task.exception()
         assert error is not None, "_run goes on until it fails"
-        ours = isinstance(error, EngineDeadError)
-        logger.error("the engine is gone: %s", _with_cause(error), exc_info=None if ours else error)
-        self._fail(_as_death(error))
+        death = _as_death(error)
+        logger.error("the engine is gone: %s", _with_cause(death))
+        self._fail(death)
 
     def _fail(self, error: EngineDeadError) -> None:
         self._failure = self._failure or error
@@ -297,9 +297,8 @@ def _report_death(death: "asyncio.Future[EngineDeadError]", task: "asyncio.Task[
 def _as_death(error: BaseException) -> EngineDeadError:
     if isinstance(error, EngineDeadError):
         return error
-    death = EngineDeadError(f"{type(error).__name__}: {error}")
-    death.__cause__ = error
-    return death
+    logger.warning("not an error of the engine", exc_info=error)
+    return EngineDeadError(f"{type(error).__name__}: {error}")
 
 
 def _with_cause(error: BaseException) -> str:

@@ -57,8 +57,11 @@ class OpenRequest:
 
 @dataclass(slots=True, eq=False)
 class OpenSequence:
-    """One sequence that has not ended. `num_deaths`: engines that died computing it since it last
-    gained a token; a request that kills its engine never gets past that."""
+    """One sequence that has not ended.
+
+    `num_deaths` counts engines that died while they may have computed it, since it last gained a
+    token. A request that kills its engine gains none.
+    """
 
     request: EngineRequest  # as submitted first, its seed resolved
     mailbox: OpenRequest
