@@ -31,9 +31,10 @@ logger = logging.getLogger("ray.serve")
 
 WATCH_S = 1.0  # between questions whether the engine makes progress
 # A sequence that so many engines died computing, without a token in between, is the next one's
-# only one until it gains a token. If that engine dies too, the sequence is to blame.
+# only one until it gains a token. If that brings it to BLAME_DEATHS, it ends.
 SUSPECT_DEATHS = 2
-MAX_FRUITLESS_DEATHS = 8  # in a row, without a token of any sequence; one request to blame needs 3
+BLAME_DEATHS = 4
+MAX_FRUITLESS_DEATHS = 8  # in a row, without a token of any sequence
 REBUILD_TIMEOUT_S = 600  # a bundle whose node is gone may never come back
 
 
@@ -172,7 +173,7 @@ class AsyncEngine:
         for sequence in held:
             sequence.in_engine = False
         self._on_trial = None
-        if len(held) == 1 and held[0].num_deaths > SUSPECT_DEATHS:
+        if len(held) == 1 and held[0].num_deaths >= BLAME_DEATHS:
             error = EngineKilledError(
                 f"the engine died {held[0].num_deaths} times in a row computing this request, the "
                 "last time nothing else; it is not tried again"
