@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.batcher import queue_full
 from engine.config import EngineConfig
-from engine.errors import EngineDeadError, EngineKilledError, MantaError
+from engine.errors import EngineDeadError, MantaError
 from engine.outputs import SequenceOutput
 from engine.sequence import EngineRequest
 from serve_app.metrics import Metrics
@@ -174,13 +174,9 @@ class AsyncEngine:
             sequence.in_engine = False
         self._on_trial = None
         if len(held) == 1 and held[0].num_deaths >= BLAME_DEATHS:
-            error = EngineKilledError(
-                f"the engine died {held[0].num_deaths} times in a row computing this request, the "
-                "last time nothing else; it is not tried again"
-            )
-            request_id = held[0].request.request_id
-            logger.error("%s: %s", request_id, error)
-            self._dispatch(SequenceOutput(request_id, finish_reason="error", error=error))
+            blamed = held[0].blamed()
+            logger.error("%s: %s", blamed.request_id, blamed.error)
+            self._dispatch(blamed)
 
     def _submit_waiting(self) -> None:
         """Submit what the engine does not have, the oldest first; while there are suspects, one."""
@@ -200,11 +196,9 @@ class AsyncEngine:
         sequences = self._sequences.values()
         waiting = [s.request for s in sequences if not s.in_engine and s.num_deaths == 0]
         num_tokens = sum(len(request.prompt_token_ids) for request in (*waiting, *requests))
+        config, num_waiting = self._config, len(waiting) + len(requests) - 1
         error = queue_full(
-            len(waiting) + len(requests) - 1,
-            num_tokens,
-            self._config.max_waiting_requests,
-            self._config.max_waiting_tokens,
+            num_waiting, num_tokens, config.max_waiting_requests, config.max_waiting_tokens
         )
         if error is not None:
             raise error
@@ -268,8 +262,6 @@ class AsyncEngine:
         self._calls.add(task)  # the loop itself keeps only a weak reference
         task.add_done_callback(self._calls.discard)
         task.add_done_callback(partial(_report_death, self._death))
-
-    # -- the end ----------------------------------------------------------------------------------
 
     def _on_run_end(self, task: "asyncio.Task[None]") -> None:
         """No group could take the place of a dead one."""

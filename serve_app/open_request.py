@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from engine.errors import EngineDeadError
+from engine.errors import EngineDeadError, EngineKilledError
 from engine.outputs import SequenceOutput
 from engine.sequence import EngineRequest
 
@@ -83,3 +83,11 @@ class OpenSequence:
         if params.prompt_logprobs is not None:  # reported with the first token
             params = replace(params, prompt_logprobs=None)
         return replace(self.request, params=params, output_token_ids=list(self.token_ids))
+
+    def blamed(self) -> SequenceOutput:
+        """Its end when it keeps killing engines."""
+        error = EngineKilledError(
+            f"the engine died {self.num_deaths} times in a row computing this request, the last "
+            "time nothing else; it is not tried again"
+        )
+        return SequenceOutput(self.request.request_id, finish_reason="error", error=error)
