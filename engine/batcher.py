@@ -47,11 +47,14 @@ class RequestBatcher:
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
         self._thread.start()
 
-    def submit(self, requests: Sequence[EngineRequest]) -> None:
-        """Queue requests. One that does not fit the queue gets an output with QueueFullError."""
+    def submit(self, requests: Sequence[EngineRequest], *, admitted: bool = False) -> None:
+        """Queue requests. One that does not fit the queue gets an output with QueueFullError.
+
+        `admitted` requests always fit: another engine had taken them in, and died.
+        """
         with self._changed:
             for request in requests:
-                error = self._admission_error(request)
+                error = None if admitted else self._admission_error(request)
                 if error is None:
                     self._inbox.append(request)
                     self._inbox_tokens += len(request.prompt_token_ids)
@@ -154,17 +157,26 @@ class RequestBatcher:
         num_waiting = len(self._inbox) + self._engine.num_waiting
         num_tokens = self._inbox_tokens + self._engine.num_waiting_tokens
         num_tokens += len(request.prompt_token_ids)
-        if num_waiting >= self._max_waiting_requests:
-            return QueueFullError(
-                f"{num_waiting} requests are waiting and max_waiting_requests is "
-                f"{self._max_waiting_requests}; try again later"
-            )
-        if num_waiting > 0 and num_tokens > self._max_waiting_tokens:
-            return QueueFullError(
-                f"{num_tokens} prompt tokens would be waiting and max_waiting_tokens is "
-                f"{self._max_waiting_tokens}; try again later"
-            )
-        return None
+        return queue_full(
+            num_waiting, num_tokens, self._max_waiting_requests, self._max_waiting_tokens
+        )
 
     def _report_error(self, request_id: str, error: Exception) -> None:
         self._outbox[request_id] = SequenceOutput(request_id, finish_reason="error", error=error)
+
+
+def queue_full(
+    num_waiting: int, num_tokens: int, max_waiting_requests: int, max_waiting_tokens: int
+) -> QueueFullError | None:
+    """Why no more may wait, if so. `num_tokens` counts the prompt that would join."""
+    if num_waiting >= max_waiting_requests:
+        return QueueFullError(
+            f"{num_waiting} requests are waiting and max_waiting_requests is "
+            f"{max_waiting_requests}; try again later"
+        )
+    if num_waiting > 0 and num_tokens > max_waiting_tokens:
+        return QueueFullError(
+            f"{num_tokens} prompt tokens would be waiting and max_waiting_tokens is "
+            f"{max_waiting_tokens}; try again later"
+        )
+    return None

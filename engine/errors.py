@@ -6,7 +6,8 @@
       ├ InvalidRequestError  one request is wrong                  → 400
       ├ LogitsError          no token can be drawn for one request → 500
       ├ QueueFullError       bounded admission refused a request   → 429
-      └ EngineDeadError      the engine's loop or process is gone  → 503
+      ├ EngineDeadError      the engine's loop or process is gone  → 503
+      └ EngineKilledError    engines died with one request in them → 500
 
 A message names the offending value, what is allowed and the mend.
 """
@@ -52,3 +53,7 @@ class QueueFullError(MantaError):
 
 class EngineDeadError(MantaError):
     """The engine stopped; the message carries the first cause."""
+
+
+class EngineKilledError(MantaError):
+    """A request that several engines died computing, the last one it alone under suspicion."""

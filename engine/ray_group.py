@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+CHECK_TIMEOUT_S = 30  # takes about 1 ms, but Python code may keep a process busy
+
 Actor: TypeAlias = "ActorHandle[EngineActor]"
 
 
@@ -56,8 +58,8 @@ class EngineActor:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(None, self._start, address, loop)
 
-    async def submit(self, requests: list[EngineRequest]) -> None:
-        self._running().submit(requests)
+    async def submit(self, requests: list[EngineRequest], admitted: bool = False) -> None:
+        self._running().submit(requests, admitted=admitted)
 
     async def abort(self, request_ids: list[str]) -> None:
         self._running().abort(request_ids)
@@ -129,9 +131,12 @@ class EngineGroup:
             raise
         return cls(actors, infos[0])
 
-    async def submit(self, requests: list[EngineRequest]) -> None:
-        """Queue requests; what is wrong with one of them arrives as its output."""
-        await _reply(self._actors[0].submit.remote(requests))
+    async def submit(self, requests: list[EngineRequest], *, admitted: bool = False) -> None:
+        """Queue requests; what is wrong with one of them arrives as its output.
+
+        No bound of the queue refuses `admitted` ones, which a dead engine had taken in.
+        """
+        await _reply(self._actors[0].submit.remote(requests, admitted))
 
     async def abort(self, request_ids: list[str]) -> None:
         """End these requests; ids that are unknown or done are ignored."""
@@ -152,10 +157,14 @@ class EngineGroup:
             poll.cancel()
 
     async def check(self) -> None:
-        """EngineDeadError when an actor died, the loop failed or a step hangs."""
+        """EngineDeadError when an actor died, the loop failed, a step or rank 0 itself hangs."""
         if self._death.done():
             raise self._death.result()
-        await _reply(self._actors[0].check.remote())
+        try:
+            async with asyncio.timeout(CHECK_TIMEOUT_S):
+                await _reply(self._actors[0].check.remote())
+        except TimeoutError:
+            raise EngineDeadError(f"engine rank 0 gave no sign for {CHECK_TIMEOUT_S} s") from None
 
     def stop(self) -> None:
         """End the actors at once; nothing they hold outlives them."""

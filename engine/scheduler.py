@@ -275,7 +275,7 @@ class Scheduler:
         output = SequenceOutput(seq.request.request_id, [token_id])
         if logprobs is not None:
             output.logprobs = [logprobs]
-        if num_output == len(seq.request.output_token_ids) + 1:
+        if num_output == 1:
             self._describe_first(seq, output)
         if token_id in seq.stop_token_ids and num_output >= seq.params.min_tokens:
             output.finish_reason = "stop"
@@ -286,7 +286,7 @@ class Scheduler:
 
     @staticmethod
     def _describe_first(seq: Sequence, output: SequenceOutput) -> None:
-        """What a sequence reports once, with its first token."""
+        """What a sequence reports once, with its first token, however often it is resumed."""
         assert seq.first_scheduled_time is not None
         output.num_cached_tokens = seq.num_cached_tokens
         output.queue_time = max(0.0, seq.first_scheduled_time - seq.request.arrival_time)

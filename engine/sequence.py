@@ -16,8 +16,9 @@ class EngineRequest:
     """A sequence as it is submitted.
 
     `output_token_ids` is not empty when a stream is resumed: those tokens count as generated
-    already (penalties, draw positions, max_tokens). `eos_token_ids` come from the text layer; the
-    engine reads no tokenizer. `cache_salt` separates prefix caches.
+    already (penalties, draw positions, max_tokens) and what comes with the first token as
+    reported. `eos_token_ids` come from the text layer; the engine reads no tokenizer.
+    `cache_salt` separates prefix caches.
     """
 
     request_id: str

@@ -1,96 +1,95 @@
 """AsyncEngine: the replica's end of the engine group, and the open requests it serves.
 
 One task polls the group for the outputs of all sequences and drops each into the mailbox of its
-request; submissions and aborts made in one tick of the loop leave as one call. Single-threaded:
-everything runs on the loop that created it. Knows no text and no HTTP.
+request; submissions and aborts made in one tick of the loop leave as one call. When the group
+dies another takes its place, and every open sequence goes on from the tokens it has: draws depend
+on (seed, output position) alone. Single-threaded: everything runs on the loop that created it.
+Knows no text and no HTTP.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+import random
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import EngineDeadError
-from engine.outputs import EngineStats, SequenceOutput
+from engine.batcher import queue_full
+from engine.config import EngineConfig
+from engine.errors import EngineDeadError, MantaError
+from engine.outputs import SequenceOutput
 from engine.sequence import EngineRequest
+from serve_app.metrics import Metrics
+from serve_app.open_request import OpenRequest, OpenSequence
 
 if TYPE_CHECKING:
     from engine.ray_group import EngineGroup
 
 logger = logging.getLogger("ray.serve")
 
+WATCH_S = 1.0  # between questions whether the engine makes progress
+# A sequence that so many engines died computing, without a token in between, is the next one's
+# only one until it gains a token. If that brings it to BLAME_DEATHS, it ends.
+SUSPECT_DEATHS = 2
+BLAME_DEATHS = 4
+MAX_FRUITLESS_DEATHS = 8  # in a row, without a token of any sequence
+REBUILD_TIMEOUT_S = 600  # a bundle whose node is gone may never come back
+
 
 class ShuttingDownError(EngineDeadError):
     """The replica ended its engine: the server stops, or this replica is not needed any more."""
 
 
-class OpenRequest:
-    """The mailbox of one HTTP request. `request_ids[i]` is its sequence i.
+class AsyncEngine:
+    """Owns the group, the open sequences and the tasks. Create it inside the running loop.
 
-    What a sequence produces while nobody takes it is merged, so a slow client gets fewer and
-    larger chunks, and memory stays that of its tokens.
+    `start_group` makes the group that takes a dead one's place.
     """
 
-    def __init__(self, request_ids: Sequence[str]) -> None:
-        self.unfinished = {request_id: index for index, request_id in enumerate(request_ids)}
-        self._outputs: dict[int, SequenceOutput] = {}
-        self._error: EngineDeadError | None = None
-        self._waiter: asyncio.Future[None] | None = None
-
-    async def take(self) -> list[tuple[int, SequenceOutput]]:
-        """All that arrived, by sequence; waits for the first. EngineDeadError if none can come."""
-        if not self._outputs and self._error is None:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        if self._outputs:
-            outputs, self._outputs = self._outputs, {}
-            return list(outputs.items())
-        assert self._error is not None
-        raise self._error
-
-    def put(self, output: SequenceOutput) -> None:
-        index = self.unfinished[output.request_id]
-        if output.finish_reason is not None:
-            del self.unfinished[output.request_id]
-        earlier = self._outputs.setdefault(index, output)
-        if earlier is not output:
-            earlier.merge(output)
-        self._wake()
-
-    def fail(self, error: EngineDeadError) -> None:
-        self._error = error
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-
-class AsyncEngine:
-    """Owns the group, the mailboxes and the poll task. Create it inside the running loop."""
-
-    def __init__(self, group: "EngineGroup", on_stats: Callable[[EngineStats], None]) -> None:
+    def __init__(
+        self,
+        group: "EngineGroup",
+        start_group: "Callable[[], Awaitable[EngineGroup]]",
+        config: EngineConfig,
+        metrics: Metrics,
+    ) -> None:
         self.info = group.info
-        self._group = group
-        self._on_stats = on_stats
+        self._start_group = start_group
+        self._config = config
+        self._metrics = metrics
         self._loop = asyncio.get_running_loop()
-        self._mailboxes: dict[str, OpenRequest] = {}  # by the request id of each sequence
+        self._seeds = random.Random(config.seed)
+        self._sequences: dict[str, OpenSequence] = {}  # by request id, oldest first
         self._submits: list[EngineRequest] = []
         self._aborts: list[str] = []
-        self._sends: set[asyncio.Task[None]] = set()
+        self._on_trial: OpenSequence | None = None  # the suspect that others wait for
+        self._num_fruitless = 0  # deaths since the last token
         self._failure: EngineDeadError | None = None
-        self._poll_task = self._loop.create_task(self._poll())
-        self._poll_task.add_done_callback(self._on_task_end)
+        self._group: EngineGroup | None = None  # None while another is started
+        self._calls: set[asyncio.Task[None]] = set()
+        self._connect(group)
+        self._run_task = self._loop.create_task(self._run())
+        self._run_task.add_done_callback(self._on_run_end)
 
     def open(self, requests: Sequence[EngineRequest]) -> OpenRequest:
-        """Submit the sequences of one request. Every open needs its close."""
+        """Submit the sequences of one request. Every open needs its close.
+
+        EngineDeadError when there is no engine any more; QueueFullError when it is being replaced
+        and too many wait for it already.
+        """
         if self._failure is not None:
             raise self._failure
+        if self._group is None or self._on_trial is not None:
+            self._check_queue(requests)
         opened = OpenRequest([request.request_id for request in requests])
-        for request in requests:
-            self._mailboxes[request.request_id] = opened
         self._schedule_send()
-        self._submits += requests
+        for request in requests:
+            if request.seed is None and request.params.seed is None:
+                request = replace(request, seed=self._seeds.getrandbits(63))
+            self._sequences[request.request_id] = OpenSequence(request, opened)
+            self._submits.append(request)
         return opened
 
     def close(self, opened: OpenRequest) -> None:
@@ -102,81 +101,199 @@ class AsyncEngine:
         """End one sequence; one that has ended by itself is ignored."""
         if opened.unfinished.pop(request_id, None) is None:
             return
-        del self._mailboxes[request_id]
         self._schedule_send()
         self._aborts.append(request_id)
+        self._end_trial(self._sequences.pop(request_id))
 
     @property
     def num_open(self) -> int:
         """Sequences submitted and neither finished nor aborted."""
-        return len(self._mailboxes)
+        return len(self._sequences)
 
     async def check(self) -> None:
-        """EngineDeadError when the engine is gone or makes no progress."""
+        """EngineDeadError when the engine is gone for good; one that is being replaced is not."""
         if self._failure is not None:
             raise self._failure
-        await self._group.check()
 
     def stop(self) -> None:
         """End the engine actors; requests that are still open fail."""
-        self._poll_task.cancel()
+        self._run_task.cancel()
         self._fail(ShuttingDownError("the replica is shutting down"))
-        self._group.stop()
+        self._disconnect()
 
-    # -- the loop ---------------------------------------------------------------------------
+    # -- one group after the other ------------------------------------------------------------
 
-    async def _poll(self) -> None:
+    async def _run(self) -> None:
         while True:
-            outputs, stats = await self._group.poll()
+            death = await self._death
+            logger.warning("the engine died: %s", _with_cause(death))
+            self._disconnect()
+            self._blame()
+            self._connect(await self._replacement(death))
+            self._submit_waiting()
+
+    def _connect(self, group: "EngineGroup") -> None:
+        self.info, self._group = group.info, group
+        self._death: asyncio.Future[EngineDeadError] = self._loop.create_future()
+        self._start(self._poll(group))
+        self._start(self._watch(group))
+
+    def _disconnect(self) -> None:
+        """End the group's actors, hung ones too, and what was asked of them."""
+        for call in self._calls:
+            call.cancel()
+        if self._group is not None:
+            self._group.stop()
+        self._group = None
+
+    async def _replacement(self, death: EngineDeadError) -> "EngineGroup":
+        """Another group; EngineDeadError when none can be started, or each died without a token."""
+        while True:
+            self._num_fruitless += 1
+            if self._num_fruitless > MAX_FRUITLESS_DEATHS:
+                raise EngineDeadError(
+                    f"{self._num_fruitless} engines died one after the other without a token, "
+                    f"the last one: {death}"
+                ) from death.__cause__
+            self._metrics.record_recovery()
+            try:
+                async with asyncio.timeout(REBUILD_TIMEOUT_S):
+                    return await self._start_group()
+            except EngineDeadError as error:
+                logger.warning("its successor died at its start: %s", _with_cause(error))
+                death = error
+            except (MantaError, TimeoutError) as error:
+                raise EngineDeadError(f"{death}; another cannot be started: {error!r}") from error
+
+    def _blame(self) -> None:
+        """Count a death against what the engine computed; a suspect that was alone in it ends."""
+        held = [sequence for sequence in self._sequences.values() if sequence.in_engine]
+        for sequence in islice(held, self._config.max_num_seqs):  # the scheduler runs the oldest
+            sequence.num_deaths += 1
+        for sequence in held:
+            sequence.in_engine = False
+        self._on_trial = None
+        if len(held) == 1 and held[0].num_deaths >= BLAME_DEATHS:
+            blamed = held[0].blamed()
+            logger.error("%s: %s", blamed.request_id, blamed.error)
+            self._dispatch(blamed)
+
+    def _submit_waiting(self) -> None:
+        """Submit what the engine does not have, the oldest first; while there are suspects, one."""
+        waiting = [sequence for sequence in self._sequences.values() if not sequence.in_engine]
+        suspects = [sequence for sequence in waiting if sequence.num_deaths >= SUSPECT_DEATHS]
+        self._on_trial = max(suspects, key=lambda suspect: suspect.num_deaths, default=None)
+        self._submits = []
+        self._submit([self._on_trial] if self._on_trial else waiting, admitted=True)
+
+    def _end_trial(self, sequence: OpenSequence) -> None:
+        """The suspect gained a token or ended: it is the turn of the next, or of all others."""
+        if sequence is self._on_trial:
+            self._submit_waiting()
+
+    def _check_queue(self, requests: Sequence[EngineRequest]) -> None:
+        """The batcher's bounds, for what waits here meanwhile."""
+        sequences = self._sequences.values()
+        waiting = [s.request for s in sequences if not s.in_engine and s.num_deaths == 0]
+        num_tokens = sum(len(request.prompt_token_ids) for request in (*waiting, *requests))
+        config, num_waiting = self._config, len(waiting) + len(requests) - 1
+        error = queue_full(
+            num_waiting, num_tokens, config.max_waiting_requests, config.max_waiting_tokens
+        )
+        if error is not None:
+            raise error
+
+    # -- calls of the group ---------------------------------------------------------------------
+
+    async def _poll(self, group: "EngineGroup") -> None:
+        while True:
+            outputs, stats = await group.poll()
             for output in outputs:
                 self._dispatch(output)
-            self._on_stats(stats)
+            self._metrics.record_stats(stats)
 
     def _dispatch(self, output: SequenceOutput) -> None:
-        mailbox = self._mailboxes.get(output.request_id)
-        if mailbox is None:
+        sequence = self._sequences.get(output.request_id)
+        if sequence is None:
             return  # aborted while this was on its way
+        if output.token_ids:
+            self._num_fruitless = 0
         if output.finish_reason is not None:
-            del self._mailboxes[output.request_id]
-        mailbox.put(output)
+            del self._sequences[output.request_id]
+        sequence.put(output)
+        self._end_trial(sequence)
+
+    async def _watch(self, group: "EngineGroup") -> None:
+        while True:
+            await asyncio.sleep(WATCH_S)
+            await group.check()
 
     def _schedule_send(self) -> None:
         if not self._submits and not self._aborts:
             self._loop.call_soon(self._send)
 
     def _send(self) -> None:
-        """Hand over what this tick collected. Calls reach the actor in the order they are made."""
+        """Hand over what this tick collected. Calls reach the actor in the order they are made.
+
+        Without a group, or beside a suspect, new sequences wait for _submit_waiting.
+        """
         aborts, self._aborts = self._aborts, []
         submits, self._submits = self._submits, []
-        ended = set(aborts)
-        submits = [request for request in submits if request.request_id not in ended]
-        if submits:
-            self._start(self._group.submit(submits))
+        if self._group is None:
+            return
+        if self._on_trial is None:
+            opened = [s for r in submits if (s := self._sequences.get(r.request_id)) is not None]
+            self._submit(opened, admitted=False)
         if aborts:
             self._start(self._group.abort(aborts))
 
-    def _start(self, call: Coroutine[Any, Any, None]) -> None:
-        task = self._loop.create_task(call)
-        self._sends.add(task)  # the loop itself keeps only a weak reference
-        task.add_done_callback(self._sends.discard)
-        task.add_done_callback(self._on_task_end)
-
-    def _on_task_end(self, task: "asyncio.Task[None]") -> None:
-        """Any call that fails means that the engine is gone, whatever the reason."""
-        if task.cancelled() or (error := task.exception()) is None:
+    def _submit(self, sequences: Sequence[OpenSequence], admitted: bool) -> None:
+        if not sequences:
             return
-        if self._failure is None:
-            ours = isinstance(error, EngineDeadError)  # then the cause is Ray's report
-            reason = f"{error}: {error.__cause__}" if ours else repr(error)
-            logger.error("the engine is gone: %s", reason, exc_info=None if ours else error)
-        if not isinstance(error, EngineDeadError):
-            error = EngineDeadError(f"{type(error).__name__}: {error}")
-        self._fail(error)
+        assert self._group is not None
+        for sequence in sequences:
+            sequence.in_engine = True
+        requests = [sequence.to_resume() for sequence in sequences]
+        self._start(self._group.submit(requests, admitted=admitted))
+
+    def _start(self, call: Coroutine[Any, Any, None]) -> None:
+        """Any call that fails means that the group is gone, whatever the reason."""
+        task = self._loop.create_task(call)
+        self._calls.add(task)  # the loop itself keeps only a weak reference
+        task.add_done_callback(self._calls.discard)
+        task.add_done_callback(partial(_report_death, self._death))
+
+    def _on_run_end(self, task: "asyncio.Task[None]") -> None:
+        """No group could take the place of a dead one."""
+        if task.cancelled():
+            return
+        error = task.exception()
+        assert error is not None, "_run goes on until it fails"
+        death = _as_death(error)
+        logger.error("the engine is gone: %s", _with_cause(death))
+        self._fail(death)
 
     def _fail(self, error: EngineDeadError) -> None:
         self._failure = self._failure or error
-        mailboxes = set(self._mailboxes.values())
-        self._mailboxes.clear()
-        for mailbox in mailboxes:
+        mailboxes = {id(s.mailbox): s.mailbox for s in self._sequences.values()}
+        self._sequences.clear()
+        for mailbox in mailboxes.values():
             mailbox.unfinished.clear()
             mailbox.fail(self._failure)
+
+
+def _report_death(death: "asyncio.Future[EngineDeadError]", task: "asyncio.Task[None]") -> None:
+    if not task.cancelled() and (error := task.exception()) is not None and not death.done():
+        death.set_result(_as_death(error))
+
+
+def _as_death(error: BaseException) -> EngineDeadError:
+    if isinstance(error, EngineDeadError):
+        return error
+    logger.warning("not an error of the engine", exc_info=error)
+    return EngineDeadError(f"{type(error).__name__}: {error}")
+
+
+def _with_cause(error: BaseException) -> str:
+    """An error and, where there is one, Ray's report of it."""
+    return f"{error}: {error.__cause__}" if error.__cause__ else str(error)

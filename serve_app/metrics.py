@@ -70,6 +70,9 @@ class Metrics:
         self.generation_tokens = self._histogram("vllm_request_generation_tokens", tokens)
         self._iteration_tokens = self._histogram("vllm_iteration_tokens_total", ITERATION_TOKENS)
         self._success = self._counter("vllm_request_success", "Sequences that ended.", REASON)
+        self._recoveries = self._counter(
+            "manta_engine_recoveries", "Engines started for dead ones."
+        )
         self._gauges = {field: self._gauge(*named) for field, named in _GAUGES.items()}
         self._counters = {field: self._counter(*named) for field, named in _COUNTERS.items()}
         self._latest = self._recorded = EngineStats()
@@ -85,6 +88,12 @@ class Metrics:
             self._timer.cancel()
             self._timer = self._loop.call_later(INTERVAL_S, self._record)
 
+    def record_recovery(self) -> None:
+        """Another engine takes a dead one's place, and counts from zero."""
+        self._record()
+        self._latest = self._recorded = EngineStats()
+        self._recoveries.inc()
+
     def record_inter_token(self, seconds: float) -> None:
         self._inter_token_values.append(seconds)
 
@@ -93,6 +102,7 @@ class Metrics:
 
     def _record(self) -> None:
         self._is_due = False
+        self._timer.cancel()
         self._timer = self._loop.call_later(REFRESH_S, self._record)
         latest, before, self._recorded = self._latest, self._recorded, self._latest
         for field, gauge in self._gauges.items():

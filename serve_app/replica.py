@@ -56,7 +56,7 @@ class LLMReplica:
             name=model_name,
             created=int(time.time()),
             tokenizer=tokenizer,
-            engine=AsyncEngine(group, metrics.record_stats),
+            engine=AsyncEngine(group, lambda: EngineGroup.start(config), config, metrics),
             metrics=metrics,
             limits=limits,
             config=config,
@@ -67,7 +67,7 @@ class LLMReplica:
         return create_http_app(self._model)
 
     async def check_health(self) -> None:
-        """Raises when the engine is gone or hangs; Serve then replaces the replica."""
+        """Raises when the engine is gone for good; Serve then replaces the replica."""
         await self._model.engine.check()
 
     async def drain(self, patience_s: float) -> None:

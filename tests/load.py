@@ -14,12 +14,12 @@ Series = dict[str, float]
 
 
 def read_series(metrics_url: str) -> Series:
-    """Ray's exported vLLM metrics by name and finished_reason, summed over replicas."""
+    """Ray's exported metrics of ours by name and finished_reason, summed over replicas."""
     with urllib.request.urlopen(metrics_url, timeout=10) as response:
         lines = response.read().decode().splitlines()
     found: Series = {}
     for line in lines:
-        if match := re.fullmatch(r"(ray_vllm_\w+)\{(.*)\} (\S+)", line):
+        if match := re.fullmatch(r"(ray_(?:vllm|manta)_\w+)\{(.*)\} (\S+)", line):
             name, labels, value = match.groups()
             reason = re.search(r'finished_reason="(\w+)"', labels)
             name = f"{name}:{reason[1]}" if reason else name

@@ -14,7 +14,7 @@ import httpx
 from fastapi import FastAPI
 
 from engine.config import EngineConfig
-from engine.errors import EngineDeadError
+from engine.errors import ConfigError, EngineDeadError
 from engine.executor import EngineInfo
 from engine.outputs import EngineStats, SequenceOutput
 from engine.ray_group import EngineGroup
@@ -45,9 +45,11 @@ class StubGroup:
         self.info = INFO
         self.calls: list[list[str]] = []  # request ids of each submit
         self.requests: dict[str, EngineRequest] = {}
+        self.admitted: list[str] = []
         self.aborted: list[str] = []
         self.stopped = False
         self.failure: Exception | None = None
+        self.successors: list[StubGroup | Exception] = []  # what becomes of the next starts
         self._outputs: list[SequenceOutput] = []
         self._changed = asyncio.Event()
 
@@ -59,8 +61,16 @@ class StubGroup:
         self.failure = error
         self._changed.set()
 
-    async def submit(self, requests: list[EngineRequest]) -> None:
+    async def start_next(self) -> EngineGroup:
+        """What takes this group's place when it has died."""
+        successor = self.successors.pop(0) if self.successors else ConfigError("no room")
+        if isinstance(successor, Exception):
+            raise successor
+        return cast(EngineGroup, successor)
+
+    async def submit(self, requests: list[EngineRequest], *, admitted: bool = False) -> None:
         self.calls.append([request.request_id for request in requests])
+        self.admitted += [request.request_id for request in requests if admitted]
         self.requests |= {request.request_id: request for request in requests}
 
     async def abort(self, request_ids: list[str]) -> None:
@@ -91,7 +101,7 @@ class StubGroup:
 
 def make_model(group: StubGroup, checkpoint: Path) -> ServedModel:
     metrics = Metrics("tiny", INFO.session_len)
-    engine = AsyncEngine(cast(EngineGroup, group), metrics.record_stats)
+    engine = AsyncEngine(cast(EngineGroup, group), group.start_next, CONFIG, metrics)
     tokenizer = Tokenizer.load(checkpoint)
     return ServedModel("tiny", 0, tokenizer, engine, metrics, LIMITS, CONFIG)
 

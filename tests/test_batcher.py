@@ -109,6 +109,20 @@ def test_the_queue_is_bounded_by_requests() -> None:
     client.batcher.stop()
 
 
+def test_no_bound_refuses_what_a_dead_engine_had_taken_in() -> None:
+    client = Client(max_waiting_requests=2, max_waiting_tokens=10)
+    client.executor.gate.clear()
+    names = [str(i) for i in range(6)]
+    client.batcher.submit([request(name, [1] * 5) for name in names], admitted=True)
+    client.batcher.submit([request("new", [1])])
+    client.wait_finished("new")
+    assert isinstance(client.outputs["new"].error, QueueFullError)
+    client.executor.gate.set()
+    client.wait_finished(*names)
+    assert all(client.outputs[name].error is None for name in names)
+    client.batcher.stop()
+
+
 def test_the_queue_is_bounded_by_tokens_but_takes_one_request_of_any_size() -> None:
     client = Client(max_waiting_tokens=10)
     client.executor.gate.clear()

@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from ray.serve.metrics import Gauge
+from ray.serve.metrics import Counter, Gauge
 
 from engine.outputs import EngineStats
 from serve_app.metrics import Metrics
@@ -23,6 +23,23 @@ def test_gauges_are_kept_alive_while_nothing_happens(monkeypatch: pytest.MonkeyP
         metrics.record_stats(EngineStats(num_running=3, kv_cache_usage=0.5))
         await until(lambda: values.count(3) >= 2)
         assert values.count(0.5) >= 2
+
+    asyncio.run(test())
+
+
+def test_counters_go_on_when_another_engine_counts_from_zero(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    added: list[float] = []
+    monkeypatch.setattr(Counter, "inc", lambda self, value=1, tags=None: added.append(value))
+
+    async def test() -> None:
+        metrics = Metrics("tiny", 128)
+        metrics.record_stats(EngineStats(num_generation_tokens=5))
+        metrics.record_recovery()
+        metrics.record_stats(EngineStats(num_generation_tokens=3))
+        await until(lambda: len(added) == 3)
+        assert added == [5, 1, 3]
 
     asyncio.run(test())
 

@@ -15,6 +15,7 @@ from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError, EngineDeadError
 from serve_app.app import build_app
 from serve_app.app_args import AppArgs
+from serve_app.async_engine import AsyncEngine
 from serve_app.replica import LLMReplica
 from serve_app.served_model import INLINE_SIZE, Limits
 from tests.stub_engine import client_of
@@ -25,13 +26,13 @@ T = TypeVar("T")
 class RunningReplica:
     """A replica on a loop of its own, and a client of its application."""
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, **settings: Any) -> None:
         self._loop = asyncio.new_event_loop()
-        self.run(self._start(checkpoint))
+        values: dict[str, Any] = {"dtype": "float32", "device": "cpu", "cache_max_entry_count": 64}
+        values["model"] = str(checkpoint)
+        self.run(self._start(EngineConfig.from_dict(values | settings)))
 
-    async def _start(self, checkpoint: Path) -> None:
-        settings = {"model": str(checkpoint), "dtype": "float32", "device": "cpu"}
-        config = EngineConfig.from_dict({**settings, "cache_max_entry_count": 64})
+    async def _start(self, config: EngineConfig) -> None:
         deployment: Any = LLMReplica  # the decorator made it a Deployment
         # Serve awaits the class's own __del__; nobody would here.
         cls: Any = type("Replica", (deployment.func_or_class,), {"__del__": lambda self: None})
@@ -41,9 +42,10 @@ class RunningReplica:
         self._lifespan = self._app.router.lifespan_context(self._app)
         await self._lifespan.__aenter__()
         self.client = client_of(self._app)
+        self.engine: AsyncEngine = self._app.state.model.engine
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return self._loop.run_until_complete(asyncio.wait_for(coroutine, 60))
+        return self._loop.run_until_complete(asyncio.wait_for(coroutine, 120))
 
     def get(self, path: str) -> httpx.Response:
         return self.run(self.client.get(path))

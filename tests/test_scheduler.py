@@ -223,6 +223,17 @@ def test_resumed_request_continues_after_its_tokens() -> None:
     assert drain(engine)["resumed"] == full[4:]
 
 
+def test_a_resumed_request_does_not_report_its_prompt_again() -> None:
+    engine = make_engine()
+    prompt = list(range(13))
+    engine.add(request("first", prompt))
+    drain(engine)
+    engine.add(request("resumed", prompt, output_token_ids=expected(prompt, 8)[:2]))
+    output = engine.step()[0]
+    assert engine.stats().prefix_cache_hits == 12
+    assert (output.num_cached_tokens, output.queue_time) == (0, 0.0)
+
+
 def test_stop_tokens_end_a_sequence_only_after_min_tokens() -> None:
     tokens = expected([3, 1, 4], 12)
     stop = tokens[5]

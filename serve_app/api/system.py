@@ -27,7 +27,7 @@ async def get_model(request: Request, model_id: str) -> ModelCard:
 @router.head("/health", include_in_schema=False)
 @router.get("/health", tags=["system"])
 async def health(request: Request) -> Health:
-    """503 with the reason when the engine is gone or makes no progress."""
+    """503 when the engine is gone for good; while a dead one is being replaced, 200."""
     await served_model(request).engine.check()
     return Health()
 

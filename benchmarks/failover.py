@@ -1,0 +1,132 @@
+"""The pause clients see when an engine process is killed: 64 streams through `manta serve`.
+
+    python -m benchmarks.failover [MODEL]
+
+One rank is killed per run (SIGKILL), which one is left to chance: the group ends with any. Beside
+it, the same load without a kill. A stream's pause is the longest time between two of its pieces.
+That the tokens are those of an undisturbed run is tests/test_failover.py's subject; here all must
+arrive.
+"""
+
+import asyncio
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
+
+from benchmarks.load import Connection, Reply, chat_body
+from benchmarks.record import Table, save, show
+from serve_app.launch_plan import default_model
+from serve_app.ports import free_ports
+
+MODEL_NAME = "bench"
+STREAMS = 64
+STREAM_TOKENS = 900  # the demo's context holds 1024
+KILLS = 3  # runs with one, of each tp
+KILL_AFTER_S = 2.0  # from the first request; the streams must last longer
+START_S = 300
+
+
+def main(model: str) -> None:
+    rows: list[list[str | float]] = []
+    for tp in (1, 2):
+        with _server(model, tp) as (url, server):
+            rows.append([f"tp={tp}, nobody", *_row(asyncio.run(_measure(url, None)))])
+            for _ in range(KILLS):
+                victim = random.choice(_engine_pids(server))
+                rows.append([f"tp={tp}, a rank", *_row(asyncio.run(_measure(url, victim)))])
+    table = Table(
+        title=f"{STREAMS} streams while an engine process is killed",
+        columns=["killed", "pause p50, s", "pause max, s", "streams complete"],
+        rows=[*rows, ["goal", "", "≤ 4", STREAMS]],
+        notes=[
+            "A pause holds the new process's start, the weights' load and the tokens computed "
+            "again. Load generator and server share the machine's cores."
+        ],
+    )
+    show(table)
+    print(save("failover", "Failover", [table]))
+
+
+def _row(replies: list[Reply]) -> list[str | float]:
+    pauses = [max(b - a for a, b in pairwise(reply.arrivals)) for reply in replies]
+    complete = sum(reply.num_tokens == STREAM_TOKENS for reply in replies)
+    return [statistics.median(pauses), max(pauses), complete]
+
+
+async def _measure(url: str, victim: int | None) -> list[Reply]:
+    body = chat_body(MODEL_NAME, STREAM_TOKENS, stream=True)
+    connections = [Connection(url) for _ in range(STREAMS)]
+    streams = asyncio.gather(*[each.post("/v1/chat/completions", body) for each in connections])
+    if victim is not None:
+        await asyncio.sleep(KILL_AFTER_S)
+        assert not streams.done(), "the streams ended before the kill; give a slower model"
+        os.kill(victim, signal.SIGKILL)
+    replies = await streams
+    for each in connections:
+        each.close()
+    return replies
+
+
+@contextmanager
+def _server(model: str, tp: int) -> Iterator[tuple[str, int]]:
+    """The address of a server, and its pid."""
+    (port,) = free_ports(1)
+    url = f"http://127.0.0.1:{port}"
+    manta = str(Path(sys.executable).with_name("manta"))
+    command = [manta, "serve", model, "--tp", str(tp), "--model-name", MODEL_NAME]
+    command += ["--port", str(port)]
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    process = subprocess.Popen(command, env=kept, stdout=subprocess.DEVNULL)
+    try:
+        asyncio.run(_wait(url, process))
+        yield url, process.pid
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+
+
+async def _wait(url: str, process: "subprocess.Popen[bytes]") -> None:
+    async with asyncio.timeout(START_S):
+        while not await asyncio.to_thread(_healthy, url):
+            if process.poll() is not None:
+                raise RuntimeError("the server did not start; run `manta serve` by itself")
+            await asyncio.sleep(0.5)
+
+
+def _healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5):
+            return True
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+
+
+def _engine_pids(server: int) -> list[int]:
+    """The server's engine actors."""
+    parents: dict[int, int] = {}
+    engines: list[int] = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has just ended
+            pid = int(process.name)
+            parents[pid] = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            if (process / "cmdline").read_bytes().startswith(b"ray::EngineActor"):
+                engines.append(pid)
+    return [pid for pid in engines if server in _ancestors(pid, parents)]
+
+
+def _ancestors(pid: int, parents: dict[int, int]) -> Iterator[int]:
+    while pid := parents.get(pid, 0):
+        yield pid
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else default_model())

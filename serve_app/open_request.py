@@ -1,0 +1,93 @@
+"""Open requests as the replica keeps them, so that they outlive the engine that computes them.
+
+OpenRequest is the mailbox of one HTTP request. OpenSequence is what another engine needs to go on
+with one of its sequences: the request and every token reported so far. Knows no engine.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from engine.errors import EngineDeadError, EngineKilledError
+from engine.outputs import SequenceOutput
+from engine.sequence import EngineRequest
+
+
+class OpenRequest:
+    """The mailbox of one HTTP request. `request_ids[i]` is its sequence i.
+
+    What a sequence produces while nobody takes it is merged, so a slow client gets fewer and
+    larger chunks, and memory stays that of its tokens.
+    """
+
+    def __init__(self, request_ids: Sequence[str]) -> None:
+        self.unfinished = {request_id: index for index, request_id in enumerate(request_ids)}
+        self._outputs: dict[int, SequenceOutput] = {}
+        self._error: EngineDeadError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def take(self) -> list[tuple[int, SequenceOutput]]:
+        """All that arrived, by sequence; waits for the first. EngineDeadError if none can come."""
+        if not self._outputs and self._error is None:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        if self._outputs:
+            outputs, self._outputs = self._outputs, {}
+            return list(outputs.items())
+        assert self._error is not None
+        raise self._error
+
+    def put(self, output: SequenceOutput) -> None:
+        index = self.unfinished[output.request_id]
+        if output.finish_reason is not None:
+            del self.unfinished[output.request_id]
+        earlier = self._outputs.setdefault(index, output)
+        if earlier is not output:
+            earlier.merge(output)
+        self._wake()
+
+    def fail(self, error: EngineDeadError) -> None:
+        self._error = error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+@dataclass(slots=True, eq=False)
+class OpenSequence:
+    """One sequence that has not ended.
+
+    `num_deaths` counts engines that died while they may have computed it, since it last gained a
+    token. A request that kills its engine gains none.
+    """
+
+    request: EngineRequest  # as submitted first, its seed resolved
+    mailbox: OpenRequest
+    token_ids: list[int] = field(default_factory=list)  # reported so far
+    num_deaths: int = 0
+    in_engine: bool = False
+
+    def put(self, output: SequenceOutput) -> None:
+        """Take in what the sequence gained and pass it on."""
+        self.token_ids += output.token_ids
+        self.num_deaths = 0
+        self.mailbox.put(output)
+
+    def to_resume(self) -> EngineRequest:
+        """The request another engine goes on with, reporting only what is new."""
+        if not self.token_ids:
+            return self.request
+        params = self.request.params
+        if params.prompt_logprobs is not None:  # reported with the first token
+            params = replace(params, prompt_logprobs=None)
+        return replace(self.request, params=params, output_token_ids=list(self.token_ids))
+
+    def blamed(self) -> SequenceOutput:
+        """Its end when it keeps killing engines."""
+        error = EngineKilledError(
+            f"the engine died {self.num_deaths} times in a row computing this request, the last "
+            "time nothing else; it is not tried again"
+        )
+        return SequenceOutput(self.request.request_id, finish_reason="error", error=error)
