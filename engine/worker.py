@@ -17,6 +17,7 @@ from engine.models.rope import DynamicRope
 from engine.outputs import StepResult, TokenLogprobs
 from engine.parallel import ParallelGroup
 from engine.sampler import Sampler, token_logprobs
+from engine.weights.cache import WeightCache
 from kernels.attention import AttentionMetadata
 
 SCORE_ROWS = 256  # prompt tokens whose logits exist at once: 256 × 128k × 4 B = 131 MB
@@ -41,6 +42,7 @@ class Worker:
             group=group,
             int8_activations=config.int8_activations,
             session_len=limit,
+            cache=_weight_cache(config, self.device),
         )
         self.num_blocks = group.min(self._count_blocks(config, limit))
         self.session_len = min(limit, self.num_blocks * self.block_size)
@@ -114,6 +116,16 @@ class Worker:
                 "cache_max_entry_count or use more ranks (tp)"
             )
         return num_blocks
+
+
+def _weight_cache(config: EngineConfig, device: str) -> WeightCache | None:
+    """None where the setting says so, and on a GPU: what it computes with today are dequantised
+    weights, four times the checkpoint's bytes.
+    """
+    directory = config.weights_cache_directory()
+    if directory is None or device != "cpu":
+        return None
+    return WeightCache(directory, config.max_weights_cache_bytes)
 
 
 def _session_limit(config: EngineConfig, spec: DecoderSpec) -> int:

@@ -2,7 +2,7 @@
 
 On a CPU that multiplies bf16 natively (AMX or AVX512-BF16) a bf16 weight is kept in oneDNN's
 blocked layout instead of row major. That layout is opaque and belongs to one torch version and
-instruction set: pack at load, never store. Everything else stays row major [N, K].
+instruction set (kernels/opaque.py). Everything else is row major [N, K].
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ def pack_dense(weight: Tensor) -> DenseWeight:
     if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _multiplies_bf16():
         reordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS_HINT)
         return DenseWeight(reordered, reordered=True)
-    return DenseWeight(weight, reordered=False)
+    return DenseWeight(weight.contiguous(), reordered=False)
 
 
 def dense_linear(x: Tensor, weight: DenseWeight, bias: Tensor | None) -> Tensor:
