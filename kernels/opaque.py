@@ -9,6 +9,7 @@ set; the number of threads changes neither (torch 2.13, AMX).
 import ctypes
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,12 +67,11 @@ def opaque_tensor(
     return tensor
 
 
-def _capsule(handle: ctypes.c_void_p) -> object:
+def _capsule(handle: ctypes.c_void_p) -> Any:
     """A pointer as Python's C interface hands it around."""
     new = ctypes.pythonapi.PyCapsule_New
     new.restype, new.argtypes = ctypes.py_object, [_POINTER, ctypes.c_char_p, _POINTER]
-    capsule: object = new(handle, None, None)
-    return capsule
+    return new(handle, None, None)
 
 
 @cache

@@ -25,7 +25,8 @@ Form: TypeAlias = Any  # JSON
 PACKING_VERSION = 1
 
 _CLASSES = {
-    kind.__name__: kind for kind in (DenseWeight, AmxInt4Weight, AtenInt4Weight, FewRows, Int8Weight)
+    kind.__name__: kind
+    for kind in (DenseWeight, AmxInt4Weight, AtenInt4Weight, FewRows, Int8Weight)
 }
 
 

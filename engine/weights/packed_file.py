@@ -65,7 +65,7 @@ class PackedWriter:
 
     def _append(self, key: str, tensor: Tensor) -> None:
         data = tensor.reshape(-1).view(torch.uint8).numpy()
-        self._file.write(memoryview(data))
+        self._file.write(data.data)
         start, self._end = self._end, self._end + data.nbytes
         self._entries[key] = {
             "dtype": _NAMES[tensor.dtype],
