@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from kernels.cpu import library
+from kernels import cpu
 from kernels.cpu.int4 import AmxInt4Weight
 from kernels.dense_linear import DenseWeight
 from kernels.int4_aten import AtenInt4Weight, FewRows
@@ -65,7 +65,7 @@ def layouts() -> dict[str, str | int | bool]:
         "amx": torch.cpu._is_amx_tile_supported(),
         "bf16": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
         "vnni": torch.cpu._is_vnni_supported(),
-        "native": library() is not None,
+        "native": cpu.library() is not None,
     }
 
 

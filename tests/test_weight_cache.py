@@ -128,7 +128,9 @@ def lose_data(path: Path) -> None:
     path.unlink()
 
 
-@pytest.mark.parametrize("damage", [flip, truncate, empty, spoil_manifest, lose_manifest, lose_data])
+@pytest.mark.parametrize(
+    "damage", [flip, truncate, empty, spoil_manifest, lose_manifest, lose_data]
+)
 def test_damage_is_found_and_mended(damage: object, directory: Path) -> None:
     make = Maker()
     load(directory, make)

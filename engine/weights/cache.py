@@ -51,7 +51,7 @@ class _Manifest:
 class WeightCache:
     def __init__(self, directory: Path, max_bytes: int) -> None:
         """ConfigError when another user owns the directory or may write to it."""
-        self._directory = directory
+        self.directory = directory
         self._max_bytes = max_bytes
         _check_owner(directory)
 
@@ -60,7 +60,7 @@ class WeightCache:
 
         Without a usable directory, or room on its disk: what `make` gives, in private memory.
         """
-        path = self._directory / f"{name}.safetensors"
+        path = self.directory / f"{name}.safetensors"
         try:
             values = _open_whole(path, key)
             if values is None:
@@ -70,7 +70,7 @@ class WeightCache:
                 "weights are loaded without the cache: %s: %s; every engine of this node now "
                 "keeps a copy of its own. Free space there, name another directory in "
                 "weights_cache, or set it to null",
-                self._directory, error,
+                self.directory, error,
             )  # fmt: skip
             return dict(make())
         with suppress(OSError):
@@ -78,7 +78,7 @@ class WeightCache:
         return values
 
     def _make(self, path: Path, key: Key, make: Make) -> Mapping[str, Packed]:
-        _create_own(self._directory)
+        _create_own(self.directory)
         with _locked(path.with_suffix(".lock"), wait=True):
             # Somebody else may have made it while this process waited.
             values = _open_whole(path, key)
@@ -94,7 +94,7 @@ class WeightCache:
 
     def _evict(self) -> None:
         """Delete files, least recently used first, until the rest fit; never one in use."""
-        sizes = _sizes(self._directory.glob("*.safetensors"))
+        sizes = _sizes(self.directory.glob("*.safetensors"))
         excess = sum(sizes.values()) - self._max_bytes
         for path in sorted(sizes, key=_last_used):
             if excess <= 0:
@@ -102,7 +102,7 @@ class WeightCache:
             if _delete_unused(path):
                 logger.info("weights cache: deleted %s, %d bytes", path, sizes[path])
                 excess -= sizes[path]
-        for left in self._directory.glob("*.tmp"):
+        for left in self.directory.glob("*.tmp"):
             with suppress(BlockingIOError), _locked(left.with_suffix(".lock"), wait=False):
                 left.unlink(missing_ok=True)
 
