@@ -47,6 +47,7 @@ bench: install
 	@$(VENV)/bin/python -m benchmarks.scheduler
 	@$(VENV)/bin/python -m benchmarks.serving
 	@$(VENV)/bin/python -m benchmarks.cpu_engine
+	@$(VENV)/bin/python -m benchmarks.weights
 	@$(VENV)/bin/python -m benchmarks.report
 
 .PHONY: help install serve test coverage check bench

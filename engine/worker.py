@@ -34,6 +34,7 @@ class Worker:
         self.block_size = config.block_size or (16 if self.device == "cpu" else 64)
         self._group = group
         limit = _session_limit(config, self.spec)
+        cache = _weight_cache(config, self.device)
         self._decoder = load_decoder(
             path,
             self.spec,
@@ -42,9 +43,10 @@ class Worker:
             group=group,
             int8_activations=config.int8_activations,
             session_len=limit,
-            cache=_weight_cache(config, self.device),
+            cache=cache,
         )
-        self.num_blocks = group.min(self._count_blocks(config, limit))
+        mapped_bytes = cache.mapped_bytes if cache is not None else 0
+        self.num_blocks = group.min(self._count_blocks(config, limit, mapped_bytes))
         self.session_len = min(limit, self.num_blocks * self.block_size)
         if config.session_len is not None and self.session_len < limit:
             raise ConfigError(
@@ -98,12 +100,15 @@ class Worker:
                 entries += token_logprobs(logits, token_ids[start : start + SCORE_ROWS], num_top)
         return _split(entries, scores)
 
-    def _count_blocks(self, config: EngineConfig, session_len: int) -> int:
-        """KV blocks this rank can afford, and no more than max_num_seqs full sessions need."""
+    def _count_blocks(self, config: EngineConfig, session_len: int, mapped_bytes: int) -> int:
+        """KV blocks this rank can afford, and no more than max_num_seqs full sessions need.
+
+        `mapped_bytes` of weights count as available memory, but every step needs them.
+        """
         if isinstance(config.cache_max_entry_count, int):
             return config.cache_max_entry_count
         block_bytes = bytes_per_block(self.spec, self.block_size, self.dtype, self._group.size)
-        free = free_memory(self.device)
+        free = max(0, free_memory(self.device) - mapped_bytes)
         budget = int(free * config.cache_max_entry_count)
         if self.device == "cpu":
             budget = min(budget, config.max_cpu_cache_bytes) // self._group.size

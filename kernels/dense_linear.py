@@ -31,7 +31,7 @@ class DenseWeight:
 
 def pack_dense(weight: Tensor) -> DenseWeight:
     """weight [N, K] in the dtype and on the device it will be used."""
-    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _multiplies_bf16():
+    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and multiplies_bf16():
         reordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS_HINT)
         return DenseWeight(reordered, reordered=True)
     return DenseWeight(weight.contiguous(), reordered=False)
@@ -45,6 +45,8 @@ def dense_linear(x: Tensor, weight: DenseWeight, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight.data, bias)
 
 
-def _multiplies_bf16() -> bool:
+def multiplies_bf16() -> bool:
     """Asked when a weight is packed, so that importing this asks nothing of the machine."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.backends.mkldnn.is_available() and bool(
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )

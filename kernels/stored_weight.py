@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels import cpu
 from kernels.cpu.int4 import AmxInt4Weight
-from kernels.dense_linear import DenseWeight
+from kernels.dense_linear import DenseWeight, multiplies_bf16
 from kernels.int4_aten import AtenInt4Weight, FewRows
 from kernels.int8_linear import Int8Weight
 from kernels.opaque import is_opaque, opaque_bytes, opaque_tensor
@@ -63,7 +63,7 @@ def layouts() -> dict[str, str | int | bool]:
         "torch": torch.__version__,
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "amx": torch.cpu._is_amx_tile_supported(),
-        "bf16": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        "bf16": multiplies_bf16(),
         "vnni": torch.cpu._is_vnni_supported(),
         "native": cpu.library() is not None,
     }

@@ -7,7 +7,7 @@ import os
 import signal
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.context import SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from engine.errors import CheckpointError, ConfigError
-from engine.weights import cache as cache_module
 from engine.weights.cache import WeightCache
 from engine.weights.packed_file import ALIGNMENT, HEADER_ROOM, Packed
 from kernels.dense_linear import DenseWeight
@@ -131,25 +130,35 @@ def lose_data(path: Path) -> None:
 @pytest.mark.parametrize(
     "damage", [flip, truncate, empty, spoil_manifest, lose_manifest, lose_data]
 )
-def test_damage_is_found_and_mended(damage: object, directory: Path) -> None:
+def test_damage_is_found_and_mended(
+    damage: Callable[[Path], None], directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     make = Maker()
     load(directory, make)
     time.sleep(0.02)  # a file's times move in steps of a few milliseconds
-    assert callable(damage)
     damage(directory / "m.safetensors")
     load(directory, make)
     load(directory, make)
     assert make.calls == 2
+    assert len(caplog.records) == (damage is not lose_data)
 
 
-def test_a_copied_directory_is_good(directory: Path, tmp_path: Path) -> None:
-    """Other times of change: the sum decides."""
+def test_a_copied_directory_is_good(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other times of change: the sum decides, once."""
     load(directory, Maker())
     copied = tmp_path / "copied"
     copied.mkdir(mode=0o700)
     for path in directory.iterdir():
         (copied / path.name).write_bytes(path.read_bytes())
     make = Maker()
+    load(copied, make)
+
+    def no_sum(*_: object) -> int:
+        raise AssertionError("the manifest was renewed")
+
+    monkeypatch.setattr("engine.weights.cache_entry._crc32", no_sum)
     load(copied, make)
     assert make.calls == 0
 
@@ -278,7 +287,7 @@ def test_a_full_disk_costs_a_warning(
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache_module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     make = Maker()
     with caplog.at_level(logging.WARNING):
         load(directory, make)
@@ -313,7 +322,7 @@ def test_a_read_only_directory_serves_what_it_has(
         raise OSError(30, "Read-only file system", str(path))
 
     monkeypatch.setattr(Path, "open", open_to_read)
-    monkeypatch.setattr(cache_module.os, "utime", refuse)
+    monkeypatch.setattr(os, "utime", refuse)
     make = Maker()
     load(directory, make)
     assert make.calls == 0
@@ -342,7 +351,8 @@ def test_the_oldest_unused_file_goes_first(directory: Path) -> None:
 
 def test_a_foreign_directory_is_refused(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory.mkdir(mode=0o700)
-    monkeypatch.setattr(cache_module.os, "geteuid", lambda: directory.stat().st_uid + 1)
+    owner = directory.stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
     with pytest.raises(ConfigError, match="belongs to user") as caught:
         WeightCache(directory, NO_LIMIT)
     assert str(directory) in str(caught.value)
