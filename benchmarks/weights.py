@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -131,31 +131,27 @@ async def _starts(paths: Paths, runs: int) -> Table:
 
 
 async def _memory(paths: Paths) -> Table:
+    """Copies are counted above engines of a tiny model, which share torch's code as well."""
     copy = paths.packed().stat().st_size
-    async with _engines(_config(paths.tiny, None), 1) as groups:
-        await _answer(groups[0])
-        without = _pss()
     rows: list[list[str | float]] = []
     for num_engines in range(1, MOST_ENGINES + 1):
-        row: list[str | float] = [num_engines]
+        without = await _pss(_config(paths.tiny, None), num_engines)
+        row: list[str | float] = [num_engines, without / 2**20]
         for cache in (paths.cache, None):
-            async with _engines(_config(paths.model, cache), num_engines) as groups:
-                for group in groups:
-                    await _answer(group)
-                pss = _pss()
-            copies = (pss - num_engines * without) / copy
-            row += [pss / 2**20, f"{copies:.2f}"]
+            pss = await _pss(_config(paths.model, cache), num_engines)
+            row += [pss / 2**20, f"{(pss - without) / copy:.2f}"]
         rows.append(row)
     return Table(
         title="Memory of all engines, PSS",
-        columns=["engines", "shared, MiB", "copies", "own copies, MiB", "copies"],
+        columns=[
+            "engines", "without weights, MiB", "shared, MiB", "copies", "own copies, MiB", "copies",
+        ],
         rows=rows,
         notes=[
-            f"One copy is {copy / 2**20:,.0f} MiB. Copies are counted above an engine's memory "
-            f"without weights, {without / 2**20:,.0f} MiB, times the engines. "
+            f"One copy is {copy / 2**20:,.0f} MiB. "
             f"**Goal: at most {GOAL_COPIES} copies for {MOST_ENGINES} engines that share.**"
         ],
-    )
+    )  # fmt: skip
 
 
 async def _steps(paths: Paths, runs: int) -> Table:
@@ -226,33 +222,39 @@ async def _answer(group: "EngineGroup", num_tokens: int = 1) -> float:
                 return time.perf_counter() - started
 
 
-def _pss() -> int:
-    """Bytes of all engine processes; a page of n processes counts as 1/n to each."""
-    total = 0
-    for pid in _engine_pids():
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                total += int(line.split()[1]) * 1024
-    return total
+async def _pss(config: EngineConfig, num_engines: int) -> int:
+    """Bytes of that many engines; a page of n processes counts as 1/n to each."""
+    async with _engines(config, num_engines) as groups:
+        for group in groups:
+            await _answer(group)
+        pids = _engine_pids()
+        assert len(pids) == num_engines
+        return sum(_rollup(pid, "Pss") for pid in pids)
+
+
+def _rollup(pid: int, name: str) -> int:
+    """One number of /proc/PID/smaps_rollup, in bytes."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(name)
 
 
 def _engine_pids() -> list[int]:
     """Actors of this process's own cluster: children of its children, by Ray's process title."""
     found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            title = (process / "cmdline").read_bytes()
-            if title.startswith(b"ray::EngineActor") and _parent(_parent(process)) == os.getpid():
-                found.append(int(process.name))
-        except OSError:  # ended meanwhile
-            continue
+    for directory in Path("/proc").glob("[0-9]*"):
+        pid = int(directory.name)
+        with suppress(OSError):  # it ended meanwhile
+            title = (directory / "cmdline").read_bytes()
+            if title.startswith(b"ray::EngineActor") and _parent(_parent(pid)) == os.getpid():
+                found.append(pid)
     return found
 
 
-def _parent(process: Path | int) -> int:
-    """Its parent's id, from /proc/PID/stat; the name before it may hold spaces."""
-    stat = Path(f"/proc/{process}/stat") if isinstance(process, int) else process / "stat"
-    return int(stat.read_text().rsplit(")", 1)[1].split()[1])
+def _parent(pid: int) -> int:
+    """From /proc/PID/stat, in which the name may hold spaces."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
 
 
 def _read(path: Path) -> None:

@@ -60,7 +60,7 @@ def layouts() -> dict[str, str | int | bool]:
     """
     return {
         "packing": PACKING_VERSION,
-        "torch": torch.__version__,
+        "torch": f"{torch.__version__} {torch.version.git_version}",
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "amx": torch.cpu._is_amx_tile_supported(),
         "bf16": multiplies_bf16(),

@@ -228,14 +228,15 @@ def begun(notes: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def wait_until_begun(notes: Path) -> None:
+def wait_until_begun(notes: Path, processes: list[BaseProcess]) -> None:
     while not begun(notes):
+        assert all(process.is_alive() for process in processes)
         time.sleep(0.01)
 
 
 def test_one_makes_and_the_others_wait(directory: Path, tmp_path: Path) -> None:
     processes = start_slow(directory, tmp_path, 3)
-    wait_until_begun(tmp_path)
+    wait_until_begun(tmp_path, processes)
     (tmp_path / "go on").touch()
     for process in processes:
         process.join()
@@ -246,7 +247,7 @@ def test_one_makes_and_the_others_wait(directory: Path, tmp_path: Path) -> None:
 def test_a_killed_maker_leaves_nothing_that_is_mapped(directory: Path, tmp_path: Path) -> None:
     """Its lock dies with it: a process that waits for it makes the file."""
     (first,) = start_slow(directory, tmp_path, 1)
-    wait_until_begun(tmp_path)
+    wait_until_begun(tmp_path, [first])
     assert (directory / "m.tmp").exists()
     assert not (directory / "m.safetensors").exists()
     (second,) = start_slow(directory, tmp_path, 1)
@@ -264,7 +265,7 @@ def test_a_killed_maker_leaves_nothing_that_is_mapped(directory: Path, tmp_path:
 
 def test_what_a_killed_maker_left_is_deleted(directory: Path, tmp_path: Path) -> None:
     (first,) = start_slow(directory, tmp_path, 1)
-    wait_until_begun(tmp_path)
+    wait_until_begun(tmp_path, [first])
     first.kill()
     first.join()
     load(directory, Maker(), name="other")
