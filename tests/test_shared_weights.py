@@ -1,5 +1,6 @@
 """A decoder over the node's shared files equals one that read its checkpoint, bit by bit."""
 
+import itertools
 import shutil
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from engine.config import EngineConfig
+from engine.errors import CheckpointError
 from engine.models import Decoder, load_decoder, load_spec
 from engine.models import loader as loader_module
 from engine.parallel import ParallelGroup
@@ -175,6 +177,16 @@ def test_a_changed_checkpoint_is_packed_anew(cache: WeightCache, tmp_path: Path)
     assert load_once(model, cache) == 3
     model.edit_config(bos_token_id=5)  # nothing the decoder is made of
     assert load_once(model, cache) == 3
+
+
+def test_a_checkpoint_that_changes_while_it_is_read_is_refused(
+    cache: WeightCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = itertools.count()
+    monkeypatch.setattr(loader_module, "fingerprint", lambda _: [["model", next(sizes), 0]])
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        PagedDecoder(tiny_model("llama").path, cache=cache)
+    assert list(cache.directory.glob("*.safetensors")) == []
 
 
 @pytest.mark.parametrize("setting", ["a directory", None])

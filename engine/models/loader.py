@@ -52,65 +52,62 @@ def load_decoder(
     `session_len` is the number of positions to prepare; None: max_position_embeddings.
     """
     check_tp(spec, group.size)
-    path, session_len = Path(path), session_len or spec.max_position_embeddings
-    shard = Shard.of(spec, group.rank, group.size)
-
-    def read() -> Iterator[Named]:
-        return _read(path, spec, shard, dtype, device, int8_activations)
-
+    session_len = session_len or spec.max_position_embeddings
+    source = _Source(Path(path), spec, group, dtype, device, int8_activations)
     if cache is None:
-        weights: Mapping[str, Packed] = dict(read())
+        weights: Mapping[str, Packed] = dict(source.read())
     else:
-        key = _key(path, spec, group, dtype, device, int8_activations)
-        weights = cache.load(_file_name(path, key), key, read)
-    return _Builder(weights, spec, shard, group).decoder(dtype, device, session_len)
+        weights = cache.load(source.name, source.key, source.read)
+    return _Builder(weights, spec, group).decoder(dtype, device, session_len)
 
 
-def _read(
-    path: Path,
-    spec: DecoderSpec,
-    shard: Shard,
-    dtype: torch.dtype,
-    device: str,
-    int8_activations: bool,
-) -> Iterator[Named]:
-    before = fingerprint(path)
-    with Checkpoint(path) as checkpoint:
-        own_head = not spec.tie_word_embeddings or f"{spec.names.head}.weight" in checkpoint.tensors
-        checkpoint.verify(expected_tensors(spec, head=own_head), HARMLESS)
-        yield from RankWeights(checkpoint, spec, shard, dtype, device, int8_activations)
-    if fingerprint(path) != before:
-        raise CheckpointError(f"{path} changed while it was read; start again when it is complete")
+class _Source:
+    """A rank's weights in their checkpoint, and how they are to be packed."""
 
+    def __init__(
+        self,
+        path: Path,
+        spec: DecoderSpec,
+        group: ParallelGroup,
+        dtype: torch.dtype,
+        device: str,
+        int8_activations: bool,
+    ) -> None:
+        self._path = path
+        self._spec = spec
+        self._shard = Shard.of(spec, group.rank, group.size)
+        self._packing = dtype, device, int8_activations
+        # All that the packed weights depend on.
+        self.key: dict[str, Any] = {
+            "checkpoint": str(path.resolve()),
+            "files": fingerprint(path),
+            "spec": repr(spec),
+            "rank": group.rank,
+            "tp": group.size,
+            "dtype": str(dtype),
+            "device": device,
+            "int8_activations": int8_activations,
+            **layouts(),
+        }
 
-def _key(
-    path: Path,
-    spec: DecoderSpec,
-    group: ParallelGroup,
-    dtype: torch.dtype,
-    device: str,
-    int8_activations: bool,
-) -> dict[str, Any]:
-    """All that the packed weights depend on."""
-    return {
-        "checkpoint": str(path.resolve()),
-        "files": fingerprint(path),
-        "spec": repr(spec),
-        "rank": group.rank,
-        "tp": group.size,
-        "dtype": str(dtype),
-        "device": device,
-        "int8_activations": int8_activations,
-        **layouts(),
-    }
+    @property
+    def name(self) -> str:
+        """Readable, and different for every key; the ranks of one model stand together."""
+        shared = {name: value for name, value in self.key.items() if name != "rank"}
+        digest = hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
+        model = re.sub(r"[^\w.-]", "_", self._path.resolve().name)[:80]
+        return f"{model}-{digest}.rank{self.key['rank']}-of-{self.key['tp']}"
 
-
-def _file_name(path: Path, key: dict[str, Any]) -> str:
-    """Readable, and different for every key; the ranks of one model stand together."""
-    shared = {name: value for name, value in key.items() if name != "rank"}
-    digest = hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
-    model = re.sub(r"[^\w.-]", "_", path.resolve().name)[:80]
-    return f"{model}-{digest}.rank{key['rank']}-of-{key['tp']}"
+    def read(self) -> Iterator[Named]:
+        """Check the checkpoint, then read and pack; CheckpointError when it changes meanwhile."""
+        path, spec = self._path, self._spec
+        with Checkpoint(path) as checkpoint:
+            stored = f"{spec.names.head}.weight" in checkpoint.tensors
+            own_head = not spec.tie_word_embeddings or stored
+            checkpoint.verify(expected_tensors(spec, head=own_head), HARMLESS)
+            yield from RankWeights(checkpoint, spec, self._shard, *self._packing)
+        if fingerprint(path) != self.key["files"]:
+            raise CheckpointError(f"{path} changed while it was read; start again when it is whole")
 
 
 class _Builder:
@@ -120,17 +117,16 @@ class _Builder:
         self,
         weights: Mapping[str, Packed],
         spec: DecoderSpec,
-        shard: Shard,
         group: ParallelGroup,
     ) -> None:
         self._weights = weights
         self._spec = spec
-        self._shard = shard
+        self._shard = Shard.of(spec, group.rank, group.size)
         self._group = group
 
     def decoder(self, dtype: torch.dtype, device: str, session_len: int) -> Decoder:
         spec, embed = self._spec, self._tensor("embed")
-        head = self._weight("head") if "head" in self._weights else DenseWeight(embed, False)
+        head = self._weight("head") if "head" in self._weights else DenseWeight(embed, reordered=False)
         cos, sin = rotary_table(spec.rope, spec.head_dim, session_len, dtype, device)
         return Decoder(
             embed=VocabParallelEmbedding(embed, self._shard.vocab.start, self._group),
