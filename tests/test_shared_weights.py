@@ -152,7 +152,7 @@ def test_two_ranks_compute_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_tied_head_is_stored_once(tied: bool, cache: WeightCache, tmp_path: Path) -> None:
+def test_a_tied_head_is_stored_once(tied: bool, cache: WeightCache) -> None:
     path = tiny_model("llama", tie_word_embeddings=tied).path
     decoder = PagedDecoder(path, cache=cache).decoder
     weight: Any = decoder.head.linear.weight
