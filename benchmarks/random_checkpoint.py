@@ -74,7 +74,7 @@ def write_checkpoints(directory: Path, shape: LlamaShape, seed: int = 0) -> tupl
 
 
 def write_awq(directory: Path, shape: LlamaShape, seed: int = 0) -> Path:
-    """Write `directory` alone, of random words: nothing is quantised, so that 1 GB takes seconds."""
+    """Write `directory`, of random words: nothing is quantised, so that 1 GB takes seconds."""
     generator = torch.Generator().manual_seed(seed)
     tensors = dict(_dense_tensors(shape, generator))
     # Nibbles spread by 4.6 around a zero of 8; times this scale, by INIT_STD.

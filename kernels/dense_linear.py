@@ -47,6 +47,5 @@ def dense_linear(x: Tensor, weight: DenseWeight, bias: Tensor | None) -> Tensor:
 
 def multiplies_bf16() -> bool:
     """Asked when a weight is packed, so that importing this asks nothing of the machine."""
-    return torch.backends.mkldnn.is_available() and bool(
-        torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(available and torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -126,7 +126,9 @@ class _Builder:
 
     def decoder(self, dtype: torch.dtype, device: str, session_len: int) -> Decoder:
         spec, embed = self._spec, self._tensor("embed")
-        head = self._weight("head") if "head" in self._weights else DenseWeight(embed, reordered=False)
+        head = (
+            self._weight("head") if "head" in self._weights else DenseWeight(embed, reordered=False)
+        )
         cos, sin = rotary_table(spec.rope, spec.head_dim, session_len, dtype, device)
         return Decoder(
             embed=VocabParallelEmbedding(embed, self._shard.vocab.start, self._group),
