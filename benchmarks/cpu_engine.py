@@ -185,6 +185,7 @@ def _manta(path: Path, threads: int, int8_activations: bool) -> Generate:
         num_threads=threads,
         int8_activations=int8_activations,
         cache_max_entry_count=CACHE_BLOCKS,
+        weights_cache=str(path.parent / "packed"),
     )
     engine = Engine(config, LocalExecutor(config))
 

@@ -67,19 +67,26 @@ def write_checkpoints(directory: Path, shape: LlamaShape, seed: int = 0) -> tupl
             awq[f"{name}.scales"] = scales
             bf16[f"{name}.weight"] = dequantize(q, zeros, scales).t().to(torch.bfloat16)
     config = _config(shape)
-    quantized = config | {
-        "quantization_config": {
-            "quant_method": "awq",
-            "version": "gemm",
-            "bits": 4,
-            "group_size": shape.group_size,
-            "zero_point": True,
-        }
-    }
     return (
-        _write(directory / "awq", quantized, awq),
+        _write(directory / "awq", config | _quantization(shape), awq),
         _write(directory / "bf16", config, bf16),
     )
+
+
+def write_awq(directory: Path, shape: LlamaShape, seed: int = 0) -> Path:
+    """Write `directory`, of random words: nothing is quantised, so that 1 GB takes seconds."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = dict(_dense_tensors(shape, generator))
+    # Nibbles spread by 4.6 around a zero of 8; times this scale, by INIT_STD.
+    scale, zero_words = INIT_STD / 4.6, -0x77777778  # 0x88888888
+    for layer in range(shape.num_layers):
+        for linear, (rows, columns) in shape.linears().items():
+            name, groups = f"model.layers.{layer}.{linear}", columns // shape.group_size
+            words = torch.randint(-(2**31), 2**31, (columns, rows // 8), generator=generator)
+            tensors[f"{name}.qweight"] = words.int()
+            tensors[f"{name}.qzeros"] = torch.full((groups, rows // 8), zero_words).int()
+            tensors[f"{name}.scales"] = torch.full((groups, rows), scale).half()
+    return _write(directory, _config(shape) | _quantization(shape), tensors)
 
 
 def _dense_tensors(shape: LlamaShape, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
@@ -115,6 +122,18 @@ def _config(shape: LlamaShape) -> dict[str, object]:
         "bos_token_id": 1,
         "eos_token_id": 2,
         "torch_dtype": "bfloat16",
+    }
+
+
+def _quantization(shape: LlamaShape) -> dict[str, object]:
+    return {
+        "quantization_config": {
+            "quant_method": "awq",
+            "version": "gemm",
+            "bits": 4,
+            "group_size": shape.group_size,
+            "zero_point": True,
+        }
     }
 
 

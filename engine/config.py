@@ -45,6 +45,10 @@ class EngineConfig:
     num_threads: int | None = None  # CPU threads of each rank; None: cores / tp
     seed: int | None = None  # draws of requests without a seed; None: different at every start
     step_timeout_s: int = 120  # a step that takes longer counts as hung
+    # CPU: directory of packed weights that all engines of a node map; auto: manta in
+    # $XDG_CACHE_HOME or ~/.cache; None: every engine packs a copy of its own.
+    weights_cache: str | None = "auto"
+    max_weights_cache_bytes: int = 100 * GiB  # beyond it the oldest unused files are deleted
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -97,6 +101,12 @@ class EngineConfig:
         """CPU threads of one rank: spinning pools that share a core ruin each other."""
         return self.num_threads or max(1, len(os.sched_getaffinity(0)) // self.tp)
 
+    def weights_cache_directory(self) -> Path | None:
+        """Where this node's packed weights lie; None: nowhere."""
+        if self.weights_cache != "auto":
+            return Path(self.weights_cache).expanduser() if self.weights_cache else None
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "manta"
+
 
 _POSITIVE = (
     "tp",
@@ -109,6 +119,7 @@ _POSITIVE = (
     "max_cpu_cache_bytes",
     "num_threads",
     "step_timeout_s",
+    "max_weights_cache_bytes",
 )
 _CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("auto", "bfloat16", "float16", "float32"),
@@ -133,5 +144,8 @@ def _check_types(config: EngineConfig) -> None:
     share = config.cache_max_entry_count
     if not isinstance(share, (int, float)) or isinstance(share, bool):
         raise ConfigError(f"cache_max_entry_count must be a number, got {share!r}")
+    directory = config.weights_cache
+    if directory is not None and (not isinstance(directory, str) or not directory):
+        raise ConfigError(f"weights_cache must be auto, a directory or null, got {directory!r}")
     if not isinstance(config.model, str) or not config.model:
         raise ConfigError(f"model must be a checkpoint directory, got {config.model!r}")

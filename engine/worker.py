@@ -17,6 +17,7 @@ from engine.models.rope import DynamicRope
 from engine.outputs import StepResult, TokenLogprobs
 from engine.parallel import ParallelGroup
 from engine.sampler import Sampler, token_logprobs
+from engine.weights.cache import WeightCache
 from kernels.attention import AttentionMetadata
 
 SCORE_ROWS = 256  # prompt tokens whose logits exist at once: 256 × 128k × 4 B = 131 MB
@@ -33,6 +34,7 @@ class Worker:
         self.block_size = config.block_size or (16 if self.device == "cpu" else 64)
         self._group = group
         limit = _session_limit(config, self.spec)
+        cache = _weight_cache(config, self.device)
         self._decoder = load_decoder(
             path,
             self.spec,
@@ -41,8 +43,10 @@ class Worker:
             group=group,
             int8_activations=config.int8_activations,
             session_len=limit,
+            cache=cache,
         )
-        self.num_blocks = group.min(self._count_blocks(config, limit))
+        mapped_bytes = cache.mapped_bytes if cache is not None else 0
+        self.num_blocks = group.min(self._count_blocks(config, limit, mapped_bytes))
         self.session_len = min(limit, self.num_blocks * self.block_size)
         if config.session_len is not None and self.session_len < limit:
             raise ConfigError(
@@ -96,12 +100,15 @@ class Worker:
                 entries += token_logprobs(logits, token_ids[start : start + SCORE_ROWS], num_top)
         return _split(entries, scores)
 
-    def _count_blocks(self, config: EngineConfig, session_len: int) -> int:
-        """KV blocks this rank can afford, and no more than max_num_seqs full sessions need."""
+    def _count_blocks(self, config: EngineConfig, session_len: int, mapped_bytes: int) -> int:
+        """KV blocks this rank can afford, and no more than max_num_seqs full sessions need.
+
+        `mapped_bytes` of weights count as available memory, but every step needs them.
+        """
         if isinstance(config.cache_max_entry_count, int):
             return config.cache_max_entry_count
         block_bytes = bytes_per_block(self.spec, self.block_size, self.dtype, self._group.size)
-        free = free_memory(self.device)
+        free = max(0, free_memory(self.device) - mapped_bytes)
         budget = int(free * config.cache_max_entry_count)
         if self.device == "cpu":
             budget = min(budget, config.max_cpu_cache_bytes) // self._group.size
@@ -114,6 +121,16 @@ class Worker:
                 "cache_max_entry_count or use more ranks (tp)"
             )
         return num_blocks
+
+
+def _weight_cache(config: EngineConfig, device: str) -> WeightCache | None:
+    """None where the setting says so, and on a GPU: what it computes with today are dequantised
+    weights, four times the checkpoint's bytes.
+    """
+    directory = config.weights_cache_directory()
+    if directory is None or device != "cpu":
+        return None
+    return WeightCache(directory, config.max_weights_cache_bytes)
 
 
 def _session_limit(config: EngineConfig, spec: DecoderSpec) -> int:

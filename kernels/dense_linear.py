@@ -2,7 +2,7 @@
 
 On a CPU that multiplies bf16 natively (AMX or AVX512-BF16) a bf16 weight is kept in oneDNN's
 blocked layout instead of row major. That layout is opaque and belongs to one torch version and
-instruction set: pack at load, never store. Everything else stays row major [N, K].
+instruction set (kernels/opaque.py). Everything else is row major [N, K].
 """
 
 from dataclasses import dataclass
@@ -31,10 +31,10 @@ class DenseWeight:
 
 def pack_dense(weight: Tensor) -> DenseWeight:
     """weight [N, K] in the dtype and on the device it will be used."""
-    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _multiplies_bf16():
+    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and multiplies_bf16():
         reordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS_HINT)
         return DenseWeight(reordered, reordered=True)
-    return DenseWeight(weight, reordered=False)
+    return DenseWeight(weight.contiguous(), reordered=False)
 
 
 def dense_linear(x: Tensor, weight: DenseWeight, bias: Tensor | None) -> Tensor:
@@ -45,6 +45,7 @@ def dense_linear(x: Tensor, weight: DenseWeight, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight.data, bias)
 
 
-def _multiplies_bf16() -> bool:
+def multiplies_bf16() -> bool:
     """Asked when a weight is packed, so that importing this asks nothing of the machine."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(available and torch.ops.mkldnn._is_mkldnn_bf16_supported())

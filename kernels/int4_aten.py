@@ -39,7 +39,7 @@ INT4_OUTPUT_MULTIPLE = 16  # it needs N in whole tiles
 
 
 @dataclass(frozen=True, slots=True)
-class _FewRows:
+class FewRows:
     """The 4-bit kernel's operands, for up to `max_rows` rows."""
 
     max_rows: int
@@ -52,7 +52,7 @@ class _FewRows:
 class AtenInt4Weight:
     """One packed weight of K inputs and N outputs, for torch's kernels."""
 
-    few_rows: _FewRows | None
+    few_rows: FewRows | None
     many_rows: DenseWeight | Int8Weight
     shape: tuple[int, int]  # (N, K)
 
@@ -122,8 +122,8 @@ def _max_int4_rows() -> int:
     return MAX_INT4_ROWS_AMX if torch.cpu._is_amx_tile_supported() else MAX_INT4_ROWS_AVX512
 
 
-def _pack_few_rows(q: Tensor, scales: Tensor, offsets: Tensor, max_rows: int) -> _FewRows:
-    return _FewRows(
+def _pack_few_rows(q: Tensor, scales: Tensor, offsets: Tensor, max_rows: int) -> FewRows:
+    return FewRows(
         max_rows=max_rows,
         packed=torch._convert_weight_to_int4pack_for_cpu(q.t().int().contiguous(), 1),
         scales_zeros=torch.stack((scales, offsets), dim=2),

@@ -11,7 +11,7 @@ rounding from carrying a value past 127. Rows are quantised when they arrive, ea
 else is in the batch changes nothing. Rounding costs a relative error of about 1.1 % of y for
 normally distributed x and weight (0.8 % each), more where one value of a row or of an output's
 weights is far larger than the rest. The packed weight is opaque and belongs to one torch version
-and instruction set: pack at load, never store.
+and instruction set (kernels/opaque.py).
 """
 
 from dataclasses import dataclass

@@ -31,6 +31,7 @@ from serve_app.serve_schema import to_schema
 
 POLL_S = 0.1  # asking the proxy, which holds a request for a while until somebody can answer
 STATUS_S = 1.0  # asking Serve whether it still may
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever http_proxy says
 PROXY_S = 60.0  # for HAProxy to start; as long as Serve's own command waits
 WATCH_S = 2.0  # the same while serving
 DRAIN_S = 2.0  # open streams at a stop; Ray's own processes then take 1.4 s to end
@@ -164,7 +165,7 @@ def _check_proxies(proxies: Proxies, seconds: float) -> None:
 
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=STATUS_S):
+        with _DIRECT.open(f"{url}/health", timeout=STATUS_S):
             return True
     except (urllib.error.URLError, ConnectionError, TimeoutError):
         return False
@@ -180,7 +181,10 @@ def _watch(plan: LaunchPlan) -> None:
             raise LaunchError(f"stopped serving {plan.model_name}: {failure(status)}")
         if status.status != last:
             last = status.status
-            print(f"{plan.model_name} is {last.value.lower()}. {waiting_for(status) or ''}".strip())
+            print(
+                f"{plan.model_name} is {last.value.lower()}. {waiting_for(status) or ''}".strip(),
+                flush=True,
+            )
 
 
 def _status(plan: LaunchPlan) -> ApplicationStatusOverview:

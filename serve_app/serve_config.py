@@ -1,6 +1,6 @@
 """Which serve_config.yaml `manta serve` starts from, read and checked as far as needs no Ray.
 
-What Ray alone knows (the type of each of its keys) is checked in launch_schema, a second later.
+What Ray alone knows (the type of each of its keys) is checked in serve_schema, a second later.
 """
 
 import difflib

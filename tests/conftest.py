@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 MODEL_NAME = "tiny"
 SESSION_LEN = 512
 NUM_BLOCKS = 256
+
+
+@pytest.fixture(scope="session", autouse=True)
+def caches() -> Iterator[None]:
+    """Nothing is read from or left in the user's caches; Ray's processes inherit this."""
+    with tempfile.TemporaryDirectory(prefix="manta-caches-") as directory:
+        os.environ["XDG_CACHE_HOME"] = directory
+        yield
 
 
 @pytest.fixture(params=["native", "torch"])

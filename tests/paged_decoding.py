@@ -11,6 +11,7 @@ from torch import Tensor
 from engine.kv_cache import KVCache
 from engine.models import load_decoder, load_spec
 from engine.parallel import ParallelGroup
+from engine.weights.cache import WeightCache
 from kernels.attention import AttentionMetadata
 
 BLOCK_SIZE = 4
@@ -27,6 +28,7 @@ class PagedDecoder:
         group: ParallelGroup | None = None,
         session_len: int | None = None,
         int8_activations: bool = False,
+        cache: WeightCache | None = None,
     ) -> None:
         group = group or ParallelGroup()
         self.spec = load_spec(path)
@@ -38,6 +40,7 @@ class PagedDecoder:
             group=group,
             session_len=session_len,
             int8_activations=int8_activations,
+            cache=cache,
         )
         self.kv_cache = KVCache.allocate(
             self.spec, NUM_BLOCKS, BLOCK_SIZE, dtype, "cpu", group.size
@@ -130,16 +133,20 @@ class Replay:
     dtype: torch.dtype
     prompt: list[int]
     output: list[int]
+    cache: Path | None = None
 
 
 def replay_rank(rank: int, address: str, out: Path, jobs: Sequence[Replay]) -> None:
     """The body of one of two spawned ranks; rank 0 saves the logits of every job."""
     torch.set_num_threads(1)
     group = ParallelGroup.join(rank, 2, address, "cpu")
-    results = [
-        PagedDecoder(job.path, job.dtype, group).replay(job.prompt, job.output) for job in jobs
-    ]
+    results = [_replay(job, group) for job in jobs]
     assert all((result is None) == (rank > 0) for result in results)
     if rank == 0:
         torch.save(results, out)
     group.leave()
+
+
+def _replay(job: Replay, group: ParallelGroup) -> Tensor | None:
+    cache = None if job.cache is None else WeightCache(job.cache, 1 << 30)
+    return PagedDecoder(job.path, job.dtype, group, cache=cache).replay(job.prompt, job.output)

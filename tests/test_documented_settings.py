@@ -34,7 +34,7 @@ def written(name: str, default: object) -> str:
         return "\N{EN DASH}"
     if default is None:
         return RESOLVED_LATER[name]
-    if name == "max_cpu_cache_bytes":
+    if name.endswith("_bytes"):
         assert isinstance(default, int)
         return f"{default // GiB} GiB"
     return f"`{default}`" if isinstance(default, str) else str(default).lower()

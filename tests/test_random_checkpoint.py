@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.random_checkpoint import LlamaShape, write_checkpoints
+from benchmarks.random_checkpoint import LlamaShape, write_awq, write_checkpoints
 from tests.paged_decoding import PagedDecoder
 
 SHAPE = LlamaShape(
@@ -37,3 +37,9 @@ def test_a_seed_gives_the_same_files(tmp_path: Path) -> None:
         write_checkpoints(tmp_path / name, SHAPE, seed=3)
     for file in ("awq/model.safetensors", "bf16/model.safetensors"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_random_words_are_a_model(tmp_path: Path) -> None:
+    logits = PagedDecoder(write_awq(tmp_path, SHAPE)).logits(PROMPT)
+    assert logits.isfinite().all()
+    assert logits.std() > 0

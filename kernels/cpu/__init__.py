@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+_ABI = "manta_abi_1"  # elementwise.cpp
 _SIGNATURES = {
     "manta_int4_linear": [_POINTER] * 6 + [_LONG] * 5 + [_INT] * 2,
     "manta_decode_attention": [_POINTER] * 5 + [_LONG] * 8 + [_FLOAT, _INT],
@@ -31,6 +32,10 @@ def library() -> ctypes.CDLL | None:
     if found is None or found.origin is None or not _has_instructions():
         return None
     loaded = ctypes.CDLL(found.origin)
+    if not hasattr(loaded, _ABI):
+        raise ImportError(
+            f"{found.origin} was compiled from other sources than these; run pip install again"
+        )
     for name, arguments in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, None

@@ -82,6 +82,10 @@ MANTA_TARGET void silu_mul_row(const uint16_t* gate_up, uint16_t* out, long size
 
 using namespace manta;
 
+// Renamed with every change of a signature or of the packed weights: a library compiled from other
+// sources must not be called.
+extern "C" void manta_abi_1() {}
+
 // In place: x [tokens, heads, size], tokens x_stride apart; weight [heads, size].
 extern "C" void manta_rms_norm_heads(uint16_t* x, const uint16_t* weight, long num_tokens,
                                      long heads, long size, long x_stride, float eps,

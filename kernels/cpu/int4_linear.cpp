@@ -23,7 +23,7 @@ constexpr long kPrefetch = 4096;  // bytes of packed weights asked for ahead
 
 struct Linear {
     const uint16_t* x;      // bf16 [M, K], rows x_stride apart
-    const uint8_t* packed;  // [N / 32, K / depth, 2, depth * 8]
+    const uint8_t* packed;  // [N / 32, steps, 2, 8 * inputs of a step]
     const float* scales;    // [N / 32, K / g, 2, 16]
     const uint8_t* zeros;   // [N / 32, K / g, 2, 16]
     const uint16_t* bias;   // bf16 [N] or null

@@ -2,7 +2,7 @@
 //
 // Tiles 0-3 accumulate (two row blocks times two output panels), 4-5 hold rows, 6-7 hold weights.
 // A kernel is compiled for its instruction set whatever the compiler's target, and called only
-// after `manta_has_amx` said yes.
+// after `_has_instructions` in __init__.py said yes.
 #pragma once
 
 #include <immintrin.h>
