@@ -120,7 +120,7 @@ def _cpu_features() -> Finding:
 
 
 def _compiled_kernels() -> Iterator[Finding]:
-    """kernels/cpu on a CPU that could run it: left out when no compiler knew AMX at installation."""
+    """Whether kernels/cpu was compiled, on a CPU that could run it."""
     if "amx_bf16" not in Path("/proc/cpuinfo").read_text():
         return
     if find_spec("kernels.cpu._native") is not None:
