@@ -46,7 +46,7 @@ def test_a_prompt_is_truncated_to_its_end(http: httpx.Client) -> None:
         ({"prompt": "a", "max_tokens": SESSION_LEN}, "prompt", "513 together"),
         ({"prompt": ""}, "prompt", "the prompt is empty"),
         ({"prompt": []}, "prompt", "prompt is empty"),
-        ({"prompt": [300]}, "prompt", "token id 300; this model has ids 0 to 299"),
+        ({"prompt": [300]}, "prompt", "token id 300; the vocabulary has ids 0 to 299"),
         ({"prompt": "a", "n": 129}, "n", "between 1 and 128, got 129"),
         ({"prompt": ["a", "b"], "n": 100}, "prompt", "200 sequences; one request may have 128"),
         ({"prompt": "a", "suffix": "b"}, "suffix", "suffix is not supported by this server"),
