@@ -1,7 +1,7 @@
 """StubExecutor: steps that compute nothing, so that what remains is what Manta itself costs.
 
-Everything around the Executor seam is the real thing. `install` puts it into the processes of
-an engine actor (as Ray's worker_process_setup_hook).
+Everything around the Executor seam is the real thing. `install` puts it into the process of
+an engine actor.
 """
 
 import json
@@ -54,7 +54,7 @@ def stub_info(model: str, num_blocks: int = 65536) -> EngineInfo:
 
 
 def install() -> None:
-    """In this process, engine actors get a StubExecutor."""
+    """In this process, engine actors get a StubExecutor (stub_site/sitecustomize.py calls it)."""
     from engine import local_executor
 
     def make(config: EngineConfig, group: object = None) -> StubExecutor:

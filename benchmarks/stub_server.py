@@ -8,6 +8,7 @@ Two apps: / answers at once, /paced takes 10 ms for every step.
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from benchmarks.stub_executor import STEP_MS
@@ -48,10 +49,8 @@ def stub_plan(port: int) -> LaunchPlan:
 
 
 def _stub_app(app: dict[str, Any], name: str, route_prefix: str, step_ms: float) -> dict[str, Any]:
-    runtime_env = {
-        "env_vars": {STEP_MS: str(step_ms)},
-        "worker_process_setup_hook": "benchmarks.stub_executor.install",
-    }
+    site, root = Path(__file__).parent / "stub_site", Path(__file__).parents[1]
+    runtime_env = {"env_vars": {STEP_MS: str(step_ms), "PYTHONPATH": f"{site}:{root}"}}
     return app | {"name": name, "route_prefix": route_prefix, "runtime_env": runtime_env}
 
 
