@@ -4,8 +4,9 @@ import logging
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
@@ -13,6 +14,10 @@ from hypothesis import settings
 from openai import OpenAI
 
 from kernels import cpu
+
+if TYPE_CHECKING:
+    from ray._private.node import Node as ClusterNode
+    from ray.cluster_utils import Cluster
 
 settings.register_profile("manta", deadline=None)  # machines that run tests are busy
 settings.load_profile("manta")
@@ -49,19 +54,30 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
+def ray_cluster() -> "Iterator[Cluster]":
     """A cluster of our own, whatever else runs on this machine."""
     import ray
+    from ray.cluster_utils import Cluster
 
-    ray.init(
-        "local",
-        include_dashboard=False,
-        num_cpus=4,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-    yield
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4})
+    ray.init(cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+    yield cluster
     ray.shutdown()
+    cluster.shutdown()  # type: ignore[no-untyped-call]
+
+
+@pytest.fixture
+def add_node(ray_cluster: "Cluster") -> "Iterator[Callable[..., ClusterNode]]":
+    """Starts a further node, which leaves after the test: `add_node(num_cpus=1, resources=…)`."""
+    nodes: list[ClusterNode] = []
+
+    def add(**options: Any) -> "ClusterNode":
+        nodes.append(ray_cluster.add_node(**options))
+        return nodes[-1]
+
+    yield add
+    for node in set(nodes) & ray_cluster.worker_nodes:  # a test may have removed it
+        ray_cluster.remove_node(node)
 
 
 @pytest.fixture(scope="session")
