@@ -62,6 +62,10 @@ class Engine:
         result = self.executor.execute(batch, sampling)
         return self.scheduler.update(scheduled, result)
 
+    def cached_prefixes(self, limit: int) -> list[int]:
+        """What engine.prefix.prefix_hashes gives of prompts whose keys and values are cached."""
+        return self.scheduler.cached_prefixes(limit)
+
     def stats(self) -> EngineStats:
         return self.scheduler.stats()
 

@@ -2,7 +2,8 @@
 
 Rank 0 holds the RequestBatcher; ranks 1 and up follow it over the process group, so that a step
 costs no Ray call. The owner (a Serve replica) exchanges requests and outputs with rank 0 only,
-and keeps one parked call on every rank, which fails the moment that rank dies.
+and keeps one parked call on every rank, which fails the moment that rank dies. Other replicas
+may use the engine as well (ray_remote.py): each is a consumer of its own outputs.
 """
 
 import asyncio
@@ -23,7 +24,9 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineDeadError, MantaError
 from engine.executor import EngineInfo
+from engine.outboxes import OWNER
 from engine.outputs import EngineStats, SequenceOutput
+from engine.pollers import Pollers
 from engine.sequence import EngineRequest
 
 if TYPE_CHECKING:
@@ -44,7 +47,7 @@ class EngineActor:
         self._config = config
         self._rank = rank
         self._batcher: RequestBatcher | None = None
-        self._has_output = asyncio.Event()
+        self._pollers = Pollers(lambda consumer: self._running().leave(consumer))
 
     async def address(self) -> str:
         """A host:port of this rank's node on which the group can meet."""
@@ -58,17 +61,33 @@ class EngineActor:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(None, self._start, address, loop)
 
-    async def submit(self, requests: list[EngineRequest], admitted: bool = False) -> None:
-        self._running().submit(requests, admitted=admitted)
+    async def join(self, consumer: str) -> None:
+        """Another replica will submit and poll."""
+        self._running().join(consumer)
+        self._pollers.join(consumer)
 
-    async def abort(self, request_ids: list[str]) -> None:
-        self._running().abort(request_ids)
+    async def leave(self, consumer: str) -> None:
+        """End what a consumer has open; one that is gone is ignored."""
+        if self._pollers.leave(consumer):
+            self._running().leave(consumer)
 
-    async def poll(self) -> tuple[list[SequenceOutput], EngineStats]:
-        """Wait until something was produced, then return all of it."""
-        await self._has_output.wait()
-        self._has_output.clear()
-        return self._running().take()
+    async def submit(
+        self, requests: list[EngineRequest], admitted: bool = False, consumer: str = OWNER
+    ) -> None:
+        self._pollers.check(consumer)
+        self._running().submit(requests, consumer=consumer, admitted=admitted)
+
+    async def abort(self, request_ids: list[str], consumer: str = OWNER) -> None:
+        self._running().abort(request_ids, consumer=consumer)
+
+    async def poll(self, consumer: str = OWNER) -> tuple[list[SequenceOutput], EngineStats]:
+        """Wait until something was produced for this consumer, then return all of it."""
+        await self._pollers.wait(consumer)
+        return self._running().take(consumer)
+
+    async def prefixes(self) -> list[int]:
+        """Short hashes of the prefixes in the cache, those used last first."""
+        return self._running().prefixes()
 
     async def check(self) -> None:
         self._running().check()
@@ -100,7 +119,8 @@ class EngineActor:
             max_waiting_requests=config.max_waiting_requests,
             max_waiting_tokens=config.max_waiting_tokens,
             step_timeout_s=config.step_timeout_s,
-            on_output=lambda: _notify(loop, self._has_output),
+            # Once per step, so the cost is one wake-up.
+            on_output=lambda consumers: loop.call_soon_threadsafe(self._pollers.wake, consumers),
         )
         return engine.info
 
@@ -108,10 +128,16 @@ class EngineActor:
 class EngineGroup:
     """The owner's side of one engine group."""
 
+    consumer = OWNER
+
     def __init__(self, actors: list[Actor], info: EngineInfo) -> None:
         self.info = info
         self._actors = actors
         self._death = asyncio.ensure_future(_first_death(actors))
+
+    @property
+    def rank_0(self) -> Actor:
+        return self._actors[0]
 
     @classmethod
     async def start(cls, config: EngineConfig) -> "EngineGroup":
@@ -136,18 +162,18 @@ class EngineGroup:
 
         No bound of the queue refuses `admitted` ones, which a dead engine had taken in.
         """
-        await _reply(self._actors[0].submit.remote(requests, admitted))
+        await _reply(self._actors[0].submit.remote(requests, admitted, self.consumer))
 
     async def abort(self, request_ids: list[str]) -> None:
         """End these requests; ids that are unknown or done are ignored."""
-        await _reply(self._actors[0].abort.remote(request_ids))
+        await _reply(self._actors[0].abort.remote(request_ids, self.consumer))
 
     async def poll(self) -> tuple[list[SequenceOutput], EngineStats]:
         """Everything produced since the last call; waits until there is something.
 
         EngineDeadError when the loop failed or any rank died, also while waiting.
         """
-        poll = asyncio.ensure_future(_reply(self._actors[0].poll.remote()))
+        poll = asyncio.ensure_future(_reply(self._actors[0].poll.remote(self.consumer)))
         try:
             await asyncio.wait({poll, self._death}, return_when=asyncio.FIRST_COMPLETED)
             if poll.done():
@@ -155,6 +181,11 @@ class EngineGroup:
             raise self._death.result()
         finally:
             poll.cancel()
+
+    async def prefixes(self) -> list[int]:
+        """Short hashes of the prefixes in the cache, those used last first."""
+        prefixes: list[int] = await _reply(self._actors[0].prefixes.remote())
+        return prefixes
 
     async def check(self) -> None:
         """EngineDeadError when an actor died, the loop failed, a step or rank 0 itself hangs."""
@@ -238,8 +269,3 @@ def _follow(worker: "Worker", group: "ParallelGroup") -> None:
     except Exception:
         logger.exception("rank %d failed", group.rank)
         os._exit(1)
-
-
-def _notify(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
-    """Set an event of another thread's loop; once per step, so the cost is one wake-up."""
-    loop.call_soon_threadsafe(event.set)
