@@ -26,7 +26,7 @@ MAX_PREFIXES = 2048  # told of a cache: 16 KiB
 class RequestBatcher:
     """`on_output` is called with the consumers for whom `take` has something new, from any thread.
 
-    The owner of the engine is a consumer from the start; others `join` and `leave`.
+    The owner of the engine is a consumer from the start; others `enter` and `leave`.
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class RequestBatcher:
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
         self._thread.start()
 
-    def join(self, consumer: str) -> None:
+    def enter(self, consumer: str) -> None:
         with self._changed:
-            self._outboxes.join(consumer)
+            self._outboxes.enter(consumer)
 
     def leave(self, consumer: str) -> None:
         """End a consumer's sequences before the next step; it has no outbox from then on."""

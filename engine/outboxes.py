@@ -17,7 +17,7 @@ class Outboxes:
     def __contains__(self, consumer: str) -> bool:
         return consumer in self._outboxes
 
-    def join(self, consumer: str) -> None:
+    def enter(self, consumer: str) -> None:
         self._outboxes.setdefault(consumer, {})
 
     def leave(self, consumer: str) -> list[str]:

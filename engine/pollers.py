@@ -27,7 +27,7 @@ class Pollers:
         self._has_output = {OWNER: asyncio.Event()}
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
-    def join(self, consumer: str) -> None:
+    def enter(self, consumer: str) -> None:
         self._has_output[consumer] = asyncio.Event()
         self._expect(consumer)
 

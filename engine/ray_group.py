@@ -61,10 +61,10 @@ class EngineActor:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(None, self._start, address, loop)
 
-    async def join(self, consumer: str) -> None:
+    async def enter(self, consumer: str) -> None:
         """Another replica will submit and poll."""
-        self._running().join(consumer)
-        self._pollers.join(consumer)
+        self._running().enter(consumer)
+        self._pollers.enter(consumer)
 
     async def leave(self, consumer: str) -> None:
         """End what a consumer has open; one that is gone is ignored."""

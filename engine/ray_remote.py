@@ -33,7 +33,7 @@ class RemoteGroup(EngineGroup):
         super().__init__([engine.rank_0], engine.info)
         self.consumer = uuid4().hex
         # No answer is awaited: calls reach an actor in the order they are made.
-        engine.rank_0.join.remote(self.consumer)
+        engine.rank_0.enter.remote(self.consumer)
 
     def stop(self) -> None:
         """Leave: what is open ends there, and nobody else's sequences are touched."""

@@ -60,7 +60,7 @@ def consumers() -> Iterator[Consumers]:
 def test_each_gets_its_own_outputs(consumers: Consumers) -> None:
     prompts = {f"{who}{i}": [i + 1, len(who)] for who in (OWNER, "a", "bb") for i in range(5)}
     for consumer in ("a", "bb"):
-        consumers.batcher.join(consumer)
+        consumers.batcher.enter(consumer)
     for name, prompt in prompts.items():
         consumer = name.rstrip("0123456789")
         consumers.batcher.submit([request(name, prompt, max_tokens=15)], consumer=consumer)
@@ -72,7 +72,7 @@ def test_each_gets_its_own_outputs(consumers: Consumers) -> None:
 
 
 def test_one_who_leaves_ends_its_sequences_and_no_others(consumers: Consumers) -> None:
-    consumers.batcher.join("a")
+    consumers.batcher.enter("a")
     consumers.executor.gate.clear()
     consumers.batcher.submit([request("mine", [1], max_tokens=30)])
     consumers.batcher.submit([request("theirs", [2], max_tokens=100)], consumer="a")
@@ -90,18 +90,18 @@ def test_one_who_leaves_ends_its_sequences_and_no_others(consumers: Consumers) -
 def test_an_id_that_left_can_come_again_at_once(consumers: Consumers) -> None:
     """As when a replica loses sight of an engine that lives and joins it anew."""
     consumers.executor.gate.clear()
-    consumers.batcher.join("before")
+    consumers.batcher.enter("before")
     consumers.batcher.submit([request("x", [4], max_tokens=20)], consumer="before")
     assert consumers.executor.entered.wait(30)
     consumers.batcher.leave("before")
-    consumers.batcher.join("after")
+    consumers.batcher.enter("after")
     consumers.batcher.submit([request("x", [4], max_tokens=20)], consumer="after")
     consumers.executor.gate.set()
     assert consumers.take("after", "x")["x"].token_ids == expected([4], 20)
 
 
 def test_nobody_aborts_or_takes_what_is_another_s(consumers: Consumers) -> None:
-    consumers.batcher.join("a")
+    consumers.batcher.enter("a")
     consumers.executor.gate.clear()
     consumers.batcher.submit([request("mine", [1], max_tokens=5)])
     consumers.batcher.abort(["mine"], consumer="a")
@@ -113,7 +113,7 @@ def test_nobody_aborts_or_takes_what_is_another_s(consumers: Consumers) -> None:
 
 def test_the_queue_s_bound_is_one_for_all_and_refusals_find_their_way() -> None:
     consumers = Consumers(max_waiting_requests=1)
-    consumers.batcher.join("a")
+    consumers.batcher.enter("a")
     consumers.executor.gate.clear()
     consumers.batcher.submit([request("running", [1])])
     assert consumers.executor.entered.wait(30)
@@ -127,7 +127,7 @@ def test_the_queue_s_bound_is_one_for_all_and_refusals_find_their_way() -> None:
 
 
 def test_a_fault_is_told_to_all(consumers: Consumers) -> None:
-    consumers.batcher.join("a")
+    consumers.batcher.enter("a")
     consumers.executor.error = RuntimeError("device lost")
     consumers.batcher.submit([request("x", [1])])
     for consumer in (OWNER, "a"):
@@ -157,8 +157,8 @@ def test_a_silent_consumer_is_given_up_and_told_so(monkeypatch: pytest.MonkeyPat
 
     async def test() -> None:
         pollers = Pollers(lost.append)
-        pollers.join("silent")
-        pollers.join("alive")
+        pollers.enter("silent")
+        pollers.enter("alive")
         owner = asyncio.ensure_future(pollers.wait(OWNER))
         while not lost:
             await pollers.wait("alive")
