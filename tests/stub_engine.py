@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineDeadError
 from engine.executor import EngineInfo
+from engine.outboxes import OWNER
 from engine.outputs import EngineStats, SequenceOutput
 from engine.ray_group import EngineGroup
 from engine.sequence import EngineRequest
@@ -40,6 +41,8 @@ CONFIG = EngineConfig(model="tiny", max_waiting_requests=6, max_waiting_tokens=1
 
 class StubGroup:
     """Records calls; `put` is what the next poll returns."""
+
+    consumer = OWNER
 
     def __init__(self) -> None:
         self.info = INFO
