@@ -62,6 +62,7 @@ class Metrics:
         self._inter_token_values: list[float] = []
         self.per_token = self._histogram("vllm_request_time_per_output_token_seconds", TOKEN_S)
         self.e2e = self._histogram("vllm_e2e_request_latency_seconds", REQUEST_S)
+        self.framework = self._histogram("manta_request_framework_time_seconds", TTFT_S)
         self.queue = self._histogram("vllm_request_queue_time_seconds", REQUEST_S)
         self.inference = self._histogram("vllm_request_inference_time_seconds", REQUEST_S)
         self.prefill = self._histogram("vllm_request_prefill_time_seconds", REQUEST_S)

@@ -38,7 +38,7 @@ class RequestTimes:
         return self.ended - self.first if self.ended and self.first is not None else None
 
     def server_timing(self) -> str:
-        """The header's value. What `total` has beyond the others is text, Ray and the network."""
+        """The header's value. What `total` has beyond the others is Ray and text."""
         parts = {"framework": self.framework, "queue": self.queue, "prefill": self.prefill}
         if self.decode is not None:
             parts["decode"] = self.decode

@@ -70,7 +70,9 @@ def test_server_timing_of_a_whole_answer() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
-def test_answers_carry_server_timing(tiny_checkpoint: Path, route: str, stream: bool) -> None:
+def test_answers_carry_server_timing(
+    tiny_checkpoint: Path, recorded: Recorded, route: str, stream: bool
+) -> None:
     async def test() -> httpx.Response:
         async with served(tiny_checkpoint) as (group, app), client_of(app) as client:
             body: dict[str, Any] = chat(stream=stream)
@@ -84,6 +86,7 @@ def test_answers_carry_server_timing(tiny_checkpoint: Path, route: str, stream: 
             return await answer
 
     answer = asyncio.run(asyncio.wait_for(test(), 30))
+    assert len(recorded["manta_request_framework_time_seconds"]) == 1
     parts = parse(answer.headers["server-timing"])
     assert (parts["queue"], parts["prefill"]) == (500, 2000)
     assert 0 < parts["framework"] < parts["total"]
