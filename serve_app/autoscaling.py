@@ -89,7 +89,7 @@ def _least(
         return by_sequences
     tokens = sum(load.waiting_tokens for load in loads) / (_mean(measured) * settings.drain_s)
     num_waiting = sum(load.waiting for load in loads)  # one that waits needs no second replica
-    return max(by_sequences, min(math.ceil(tokens), math.ceil(num_waiting)))
+    return max(by_sequences, math.ceil(min(tokens, num_waiting)))
 
 
 def _capacity(load: ReplicaLoad, settings: QueueDepthSettings, settled_s: float) -> float:
