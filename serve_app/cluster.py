@@ -63,6 +63,6 @@ def _check_gpus(plan: LaunchPlan) -> None:
     if plan.engine.device == "cuda" and num_gpus < plan.num_ranks:
         raise ConfigError(
             f"{plan.num_replicas} replicas of tp {plan.engine.tp} need {plan.num_ranks} GPUs and "
-            f"this machine has {num_gpus}; lower --tp or --num-replicas, use --device cpu, or set "
-            "RAY_ADDRESS to a cluster that has them"
+            f"this machine has {num_gpus}; lower --tp or the number of replicas, use --device cpu, "
+            "or set RAY_ADDRESS to a cluster that has them"
         )
