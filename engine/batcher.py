@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from engine.engine import Engine
@@ -76,11 +77,13 @@ class RequestBatcher:
         `admitted` requests always fit: another engine had taken them in, and died.
         """
         refused = False
+        now = time.monotonic()
         with self._changed:
             for request in requests:
                 error = None if admitted else self._admission_error(request)
                 if error is None:
-                    self._inbox.append(partial(self._add, request, consumer))
+                    timed = replace(request, arrival_time=now - request.waited_s)
+                    self._inbox.append(partial(self._add, timed, consumer))
                     self._inbox_requests += 1
                     self._inbox_tokens += len(request.prompt_token_ids)
                 else:

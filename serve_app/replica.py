@@ -7,6 +7,7 @@ The replica is its own ingress, so tokens cross no DeploymentHandle (8 µs per t
 import asyncio
 import gc
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
@@ -14,6 +15,7 @@ from ray import serve
 
 from engine.config import EngineConfig
 from serve_app.async_engine import AsyncEngine
+from serve_app.autoscaling_stats import LoadMeter
 from serve_app.http_app import create_http_app
 from serve_app.metrics import Metrics
 from serve_app.served_model import Limits, ServedModel
@@ -60,6 +62,7 @@ class LLMReplica:
             limits=limits,
             config=config,
         )
+        self._meter = LoadMeter(config.max_num_seqs)
         _calm_garbage_collector()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -68,6 +71,11 @@ class LLMReplica:
     async def check_health(self) -> None:
         """Raises when the engine is gone for good; Serve then replaces the replica."""
         await self._model.engine.check()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What QueueDepthPolicy counts. Serve asks where there is an autoscaling_config."""
+        engine = self._model.engine
+        return asdict(self._meter.read(engine.stats, engine.num_open))
 
     async def drain(self, patience_s: float) -> None:
         """The server stops: open requests may end for so long, the rest ends with an error."""

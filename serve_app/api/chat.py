@@ -29,17 +29,20 @@ async def create_chat_completion(request: Request) -> Response:
     """An answer to a conversation, whole or (with stream) as server-sent events."""
     model = served_model(request)
     body = await read_body(request, ChatCompletionRequest)
-    generation = await _generation(model, body)
+    generation = await _generation(model, body, request.state.received)
     if body.stream:
         return EventStream(generation, ChatChunks(model, generation, body))
     answers = await generation.run()
     completion = await model.run(
         lambda: _completion(model, body, generation, answers), num_scores(answers)
     )
-    return Response(completion, media_type="application/json")
+    headers = {"Server-Timing": generation.times.server_timing()}
+    return Response(completion, headers=headers, media_type="application/json")
 
 
-async def _generation(model: ServedModel, body: ChatCompletionRequest) -> Generation:
+async def _generation(
+    model: ServedModel, body: ChatCompletionRequest, received: float
+) -> Generation:
     """The request as sequences; everything that is wrong with it is raised here."""
     model.check_name(body.model)
     body.check_stream_options()
@@ -66,6 +69,7 @@ async def _generation(model: ServedModel, body: ChatCompletionRequest) -> Genera
         [prompt],
         params,
         request_id=f"chatcmpl-{uuid.uuid4().hex}",
+        received=received,
         cache_salt=body.cache_salt,
         user=body.user,
     )

@@ -35,7 +35,7 @@ async def create_completion(request: Request) -> Response:
     """Continuations of one or more prompts, whole or (with stream) as server-sent events."""
     model = served_model(request)
     body = await read_body(request, CompletionRequest)
-    generation, echoes = await _generation(model, body)
+    generation, echoes = await _generation(model, body, request.state.received)
     texts = _Texts(model, body, generation, echoes)
     if body.stream:
         return EventStream(generation, CompletionChunks(generation, body, texts))
@@ -43,7 +43,8 @@ async def create_completion(request: Request) -> Response:
     completion = await model.run(
         lambda: _completion(model, body, generation, texts, answers), num_scores(answers)
     )
-    return Response(completion, media_type="application/json")
+    headers = {"Server-Timing": generation.times.server_timing()}
+    return Response(completion, headers=headers, media_type="application/json")
 
 
 def _completion(
@@ -62,7 +63,9 @@ def _completion(
     ).model_dump_json()
 
 
-async def _generation(model: ServedModel, body: CompletionRequest) -> tuple[Generation, list[str]]:
+async def _generation(
+    model: ServedModel, body: CompletionRequest, received: float
+) -> tuple[Generation, list[str]]:
     """The request as sequences, and what echo puts before each prompt's choices."""
     model.check_name(body.model)
     body.check_stream_options()
@@ -83,6 +86,7 @@ async def _generation(model: ServedModel, body: CompletionRequest) -> tuple[Gene
         token_ids,
         params,
         request_id=f"cmpl-{uuid.uuid4().hex}",
+        received=received,
         cache_salt=body.cache_salt,
         user=body.user,
     )

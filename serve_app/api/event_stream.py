@@ -47,7 +47,9 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._generation as generation:
             deltas = await generation.next()
-            await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+            timing = (b"server-timing", generation.times.server_timing().encode())
+            headers = [*HEADERS, timing]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
             await _send(send, self._writer.first() + self._chunks(deltas))
             try:
                 while deltas := await generation.next():
