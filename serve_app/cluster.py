@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 import ray
+from ray._common.utils import get_default_ray_temp_dir
 
 from engine.errors import ConfigError, MantaError
 from serve_app.launch_plan import LaunchPlan
@@ -35,8 +36,7 @@ def start(plan: LaunchPlan, *, dashboard: bool, verbose: bool) -> str | None:
         )
     except Exception as error:  # no narrower: that is what ray.init raises when a process is late
         raise LaunchError(
-            f"Ray did not start: {error} (on a busy machine try again; its logs are in "
-            "/tmp/ray/session_latest/logs)"
+            f"Ray did not start: {error} (on a busy machine try again; its logs are in {logs()})"
         ) from error
     _check_gpus(plan)
     if not dashboard:
@@ -44,6 +44,12 @@ def start(plan: LaunchPlan, *, dashboard: bool, verbose: bool) -> str | None:
     mode = "RAY_AUTH_MODE=token " if os.environ["RAY_AUTH_MODE"] == "token" else ""
     url = f"http://{context.dashboard_url}"
     return f"Ray's dashboard is at {url}; try {mode}ray list actors --address {url}"
+
+
+def logs() -> str:
+    """The directory of the last cluster's logs on this machine."""
+    directory: str = get_default_ray_temp_dir()  # type: ignore[no-untyped-call]
+    return f"{directory}/session_latest/logs"
 
 
 def _options(verbose: bool) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from fastapi import FastAPI
 from ray import serve
 
 from engine.config import EngineConfig
-from engine.errors import CheckpointError
 from serve_app.async_engine import AsyncEngine
 from serve_app.draining import end_before_kill
 from serve_app.http_app import create_http_app
@@ -49,7 +48,7 @@ class LLMReplica:
         starting = asyncio.ensure_future(EngineGroup.start(config))
         try:
             tokenizer = await asyncio.to_thread(_load_tokenizer, config.model)
-        except CheckpointError:
+        except BaseException:
             starting.cancel()
             await asyncio.wait([starting])  # until its actors are gone
             raise

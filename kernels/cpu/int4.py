@@ -4,7 +4,7 @@
     scales  float32 [N / 32, K / g, 2, 16]
     zeros   uint8, shaped like scales
 
-0.5 bytes per weight and no second form: a row's result is the same among any other rows. The
+0.54 bytes per weight (groups of 128) and no second form: a row's result is the same among any other rows. The
 layout depends on nothing but the shape, so it may be stored.
 """
 

@@ -51,7 +51,7 @@ async def _generation(model: ServedModel, body: ChatCompletionRequest) -> Genera
     )
     model.check_num_sequences(1, params.n)
     if body.truncate_prompt_tokens is None:
-        model.check_text(sum(len(message.text or "") for message in body.messages), "messages")
+        model.check_text(sum(message.num_characters for message in body.messages), "messages")
     prompt = await model.render_chat(
         body.messages,
         add_generation_prompt=body.opens_answer,
