@@ -131,9 +131,12 @@ def test_a_request_without_an_answer_goes_to_another_replica(
 ) -> None:
     async def test() -> None:
         bad, good = Replica(failing), Replica(answers)
-        async with bad.listening() as first, good.listening() as second:
-            async with haproxy(tmp_path, [first, second]) as url:
-                responses = [await post(url, num_bytes) for _ in range(4)]
+        async with (
+            bad.listening() as first,
+            good.listening() as second,
+            haproxy(tmp_path, [first, second]) as url,
+        ):
+            responses = [await post(url, num_bytes) for _ in range(4)]
         assert [response.text for response in responses] == ["good"] * 4
         assert bad.bodies, "it was asked first at least once"
         assert good.bodies == [b"x" * num_bytes] * 4
