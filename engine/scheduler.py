@@ -172,7 +172,7 @@ class Scheduler:
             num_running=len(self.running),
             num_waiting=len(self.waiting),
             num_waiting_tokens=self.num_waiting_tokens,
-            oldest_waiting_since=self._oldest_waiting_since,
+            oldest_waiting_s=self._oldest_waiting_s,
             kv_cache_usage=1.0 - blocks.num_free_blocks / blocks.num_blocks,
             **self._counters,
         )
@@ -244,10 +244,11 @@ class Scheduler:
             budget -= num_new
 
     @property
-    def _oldest_waiting_since(self) -> float | None:
+    def _oldest_waiting_s(self) -> float:
         """Those at the front may be preempted ones, whose clients have tokens already."""
-        arrivals = (s.request.arrival_time for s in self.waiting if s.num_output_tokens == 0)
-        return next(arrivals, None)
+        now = time.monotonic()
+        waits = (now - s.request.arrival_time for s in self.waiting if s.num_output_tokens == 0)
+        return next(waits, 0.0)
 
     @property
     def _reserve(self) -> int:

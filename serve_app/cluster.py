@@ -57,7 +57,8 @@ def logs() -> str:
 
 def obstacle(plan: LaunchPlan) -> str | None:
     """Why the cluster, as it is now, can never hold a replica; None: it can."""
-    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    resources = [node["Resources"] for node in nodes if node["Alive"]]
     num_gpus = sum(each.get("GPU", 0) for each in resources)
     return Placement.of(with_device(plan.engine, num_gpus), plan.app_args).obstacle(resources)
 
