@@ -37,7 +37,7 @@ class RequestBatcher:
         max_waiting_requests: int,
         max_waiting_tokens: int,
         step_timeout_s: float,
-        on_output: Callable[[set[str]], None],
+        on_output: Callable[[set[str]], object],
     ) -> None:
         self._engine = engine
         self._max_waiting_requests = max_waiting_requests

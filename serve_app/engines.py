@@ -7,6 +7,7 @@ go on in another one. routing.py decides; the directory tells what there is.
 """
 
 import asyncio
+import random
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -61,13 +62,14 @@ class Engines:
         self._replica_id = replica_id
         self._config = config
         self._metrics = metrics
+        self._seeds = random.Random(config.seed)
         self._join = join
         self._refer = refer
         self._attach = attach
         self._peers: dict[str, _Peer] = {}  # by replica id, this one's own too
         self._guests: dict[str, _Guest] = {}  # by the id of the engine each joined first
         self._opened: dict[OpenRequest, AsyncEngine] = {}
-        self._last_info = own.info if own is not None else None
+        self.last_info = own.info if own is not None else None
 
     # -- AsyncEngine's interface ----------------------------------------------------------------
 
@@ -75,8 +77,8 @@ class Engines:
     def info(self) -> "EngineInfo":
         if self.own is not None:
             return self.own.info
-        assert self._last_info is not None, "ready() comes first"
-        return self._last_info
+        assert self.last_info is not None, "ready() comes first"
+        return self.last_info
 
     def open(self, requests: Sequence[EngineRequest], session_id: str | None = None) -> OpenRequest:
         """Submit the sequences of one request to one engine. Every open needs its close."""
@@ -84,6 +86,10 @@ class Engines:
         opened = engine.open(requests)
         self._opened[opened] = engine
         return opened
+
+    def new_seed(self) -> int:
+        """For a request without one."""
+        return self.own.new_seed() if self.own is not None else self._seeds.getrandbits(63)
 
     def abort(self, opened: OpenRequest, request_id: str) -> None:
         self._opened[opened].abort(opened, request_id)
@@ -147,7 +153,7 @@ class Engines:
         peer = self._peers.setdefault(entry.replica_id, _Peer(entry.replica_id))
         peer.hear(entry)
         if entry.engine is not None:
-            self._last_info = entry.engine.info
+            self.last_info = entry.engine.info
 
     async def _prefixes(self, group: "EngineGroup") -> list[int]:
         if not self._config.enable_prefix_caching:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.serve")
 
+SESSION_HEADER = "x-session-id"  # Serve's own name for it: requests of a session stay together
 FinishReason = Literal["stop", "length"]
 
 
@@ -76,6 +77,7 @@ class Generation:
         received: float,
         cache_salt: str | None = None,
         user: str | None = None,
+        session_id: str | None = None,
         events: "EventIds | None" = None,
     ) -> None:
         if events is not None:
@@ -87,6 +89,7 @@ class Generation:
         self.n = params.n
         self.num_choices = len(prompts) * params.n
         self._user = user
+        self._session_id = session_id
         self._model = model
         self._requests = [
             request
@@ -105,7 +108,7 @@ class Generation:
     def __enter__(self) -> "Generation":
         self.times.submitted = time.perf_counter()
         self._model.metrics.framework.observe(self.times.framework)
-        self._open = self._model.engine.open(self._requests)
+        self._open = self._model.engine.open(self._requests, self._session_id)
         return self
 
     def __exit__(self, *exception: object) -> None:
