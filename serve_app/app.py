@@ -33,7 +33,7 @@ def build_app(args: AppArgs) -> Application:
 def _spec(args: ModelArgs, num_gpus: float) -> ModelSpec:
     config = with_device(args.engine_config(), num_gpus)
     limits = Limits(args.max_body_bytes, args.max_sequences_per_request)
-    return ModelSpec(args.served_name(config), config, limits)
+    return ModelSpec(args.served_name(config), config, limits, args.cache_aware_routing)
 
 
 def _deployment(cls: Any, name: str, spec: ModelSpec, args: ModelArgs) -> Any:

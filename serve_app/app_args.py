@@ -30,6 +30,7 @@ class ModelArgs(BaseModel):
     cpus_per_rank: float | None = Field(default=None, gt=0)
     max_body_bytes: int | None = Field(default=None, ge=1024)  # default: follows the context
     max_sequences_per_request: int = Field(default=128, ge=1)  # prompts × n
+    cache_aware_routing: bool = True  # among its replicas; False: each uses its own engine only
 
     def engine_config(self, **overrides: Any) -> EngineConfig:
         """The engine's settings with the checkpoint's absolute path: actors may start elsewhere.

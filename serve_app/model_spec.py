@@ -16,3 +16,4 @@ class ModelSpec:
     name: str
     config: EngineConfig
     limits: Limits
+    cache_aware_routing: bool = True

@@ -96,6 +96,8 @@ class Models:
     def update(self, entries: "Sequence[Entry]") -> None:
         """What the directory tells of other replicas."""
         for name, engines in self._engines().items():
+            if name == self.own.name and not self.own.spec.cache_aware_routing:
+                continue
             engines.update([entry for entry in entries if entry.model == name])
 
     def stop(self) -> None:

@@ -120,7 +120,9 @@ class LLMReplica(_Replica):
             ],
         )
         rank = serve.get_replica_context().rank.rank
-        self._member = self._enter_directory(bool(others) or rank > 0, self._models)
+        self._member = self._enter_directory(
+            bool(others) or (rank > 0 and spec.cache_aware_routing), self._models
+        )
         self._ending = asyncio.ensure_future(end_before_kill(self._member.stop, self._models.stop))
         _calm_garbage_collector()
 
