@@ -170,6 +170,7 @@ class Scheduler:
             num_running=len(self.running),
             num_waiting=len(self.waiting),
             num_waiting_tokens=self.num_waiting_tokens,
+            oldest_waiting_s=self._oldest_waiting_s,
             kv_cache_usage=1.0 - blocks.num_free_blocks / blocks.num_blocks,
             **self._counters,
         )
@@ -227,6 +228,13 @@ class Scheduler:
             budget -= num_new
 
     @property
+    def _oldest_waiting_s(self) -> float:
+        """Those at the front may be preempted ones, whose clients have tokens already."""
+        now = time.monotonic()
+        waits = (now - s.request.arrival_time for s in self.waiting if s.num_output_tokens == 0)
+        return next(waits, 0.0)
+
+    @property
     def _reserve(self) -> int:
         """Free blocks kept for what runs already, so that admission does not cause preemption."""
         return min(len(self.running), self.block_manager.num_blocks // 16)
@@ -243,6 +251,7 @@ class Scheduler:
         if seq.first_scheduled_time is None:
             seq.first_scheduled_time = time.monotonic()
             seq.num_cached_tokens = min(seq.num_computed_tokens, seq.num_prompt_tokens)
+            self._counters["num_admitted"] += 1
             self._counters["num_prompt_tokens"] += seq.num_prompt_tokens
 
     def _extend(self, seq: Sequence, num_blocks: int) -> None:
@@ -336,6 +345,7 @@ def _no_token(seq: Sequence) -> SequenceOutput:
 
 
 _COUNTERS = (
+    "num_admitted",
     "num_preemptions",
     "prefix_cache_queries",
     "prefix_cache_hits",

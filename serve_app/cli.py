@@ -58,6 +58,13 @@ def serve(
     num_replicas: Annotated[
         int | None, typer.Option(min=1, help="Copies of the engine that share the requests.")
     ] = None,
+    min_replicas: Annotated[
+        int | None, typer.Option(min=0, help="With --max-replicas; 0: none while nobody asks.")
+    ] = None,
+    max_replicas: Annotated[
+        int | None,
+        typer.Option(min=1, help="As many copies as the queue needs, and at most so many."),
+    ] = None,
     device: DeviceOption = None,
     dtype: DTypeOption = None,
     session_len: SessionLenOption = None,
@@ -90,6 +97,8 @@ def serve(
             host=host,
             port=port,
             num_replicas=num_replicas,
+            min_replicas=min_replicas,
+            max_replicas=max_replicas,
             log_level=log_level,
             tp=tp,
             device=device,

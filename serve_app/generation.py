@@ -8,8 +8,8 @@ whichever way the request ends. Knows no protocol: chats and completions differ 
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 from engine.completion import CompletionStream, sequence_requests
 from engine.outputs import SequenceOutput, TokenLogprobs
@@ -18,6 +18,9 @@ from engine.sequence import EngineRequest
 from serve_app.metrics import SequenceTimer
 from serve_app.request_times import RequestTimes
 from serve_app.served_model import ServedModel
+
+if TYPE_CHECKING:
+    from serve_app.event_ids import EventIds
 
 logger = logging.getLogger("ray.serve")
 
@@ -73,7 +76,11 @@ class Generation:
         received: float,
         cache_salt: str | None = None,
         user: str | None = None,
+        events: "EventIds | None" = None,
     ) -> None:
+        if events is not None:
+            params = replace(params, seed=events.seed)
+        self.events = events
         self.request_id = request_id
         self.times = RequestTimes(received)
         self.prompts = prompts
@@ -121,8 +128,10 @@ class Generation:
                 if output.error is not None:
                     self._choices[index].end("error")
                     raise output.error
-                if not self._choices[index].ended:
-                    deltas.append(self._advance(index, output))
+                outputs = [output] if self.events is None else self.events.split(index, output)
+                for part in outputs:
+                    if not self._choices[index].ended:
+                        deltas.append(self._advance(index, part))
             if deltas:
                 return deltas
         return []

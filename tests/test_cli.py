@@ -23,7 +23,7 @@ from serve_app.cli import app
 from serve_app.launch_plan import make_plan
 from serve_app.ports import check_port, free_ports, listener
 from serve_app.progress import Progress
-from serve_app.serve_config import IMPORT_PATH, read_serve_config
+from serve_app.serve_config import IMPORT_PATH, POLICY, read_serve_config
 from serve_app.serve_schema import to_schema
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,8 +56,9 @@ def test_help_names_every_command_and_option() -> None:
     code, text = manta("serve", "--help")
     assert code == 0
     options = (
-        "--config --host --port --model-name --tp --num-replicas --device --dtype --session-len "
-        "--max-num-seqs --cache-max-entry-count --dashboard --log-level"
+        "--config --host --port --model-name --tp --num-replicas --min-replicas --max-replicas "
+        "--device --dtype --session-len --max-num-seqs --cache-max-entry-count --dashboard "
+        "--log-level"
     )
     assert all(option in text for option in options.split())
 
@@ -225,7 +226,7 @@ def test_sections_of_serve_config_may_be_empty(config: dict[str, Any], tmp_path:
     app["deployments"] = [{"name": "LLMReplica", "num_replicas": "auto"}]
     _write_config(tmp_path, config)
     plan = make_plan()
-    assert plan.num_replicas == 1  # at the start
+    assert plan.num_replicas == 1  # as many as start; Serve's bound is its own
     assert to_schema(plan.serve_config).applications[0].deployments[0].num_replicas == "auto"
 
 
@@ -245,6 +246,14 @@ APP = ("applications", 0)
 
 def _replica(**values: object) -> Callable[[dict[str, Any]], object]:
     return _at(*APP, deployments=[{"name": "LLMReplica", **values}])
+
+
+def _policy(**values: object) -> Callable[[dict[str, Any]], object]:
+    return _replica(autoscaling_config={"max_replicas": 2, "policy": values})
+
+
+def _ours(**settings: object) -> Callable[[dict[str, Any]], object]:
+    return _policy(policy_function=POLICY, policy_kwargs=settings)
 
 
 @pytest.mark.parametrize(
@@ -277,6 +286,14 @@ def _replica(**values: object) -> Callable[[dict[str, Any]], object]:
         (_replica(num_replicas=0), "Input should be greater than 0, got 0"),
         (_replica(ray_actor_options={"num_cpu": 1}), "did you mean 'num_cpus'?"),
         (_replica(autoscaling_config={"min_replica": 1}), "did you mean 'min_replicas'?"),
+        (_replica(autoscaling_config={"min_replicas": 2}), "max_replicas (1) must be greater"),
+        (_policy(policy_functio=POLICY), "policy.policy_functio; did you mean 'policy_function'?"),
+        (_policy(policy_function="serve_app.autoscaling:Queue"), "policy.policy_function: "),
+        (_policy(policy_kwargs=1), "policy_kwargs: Input should be a valid dictionary, got 1"),
+        (_ours(drain=1), "policy.policy_kwargs.drain; did you mean 'drain_s'?"),
+        (_ours(drain_s=0), "policy_kwargs: drain_s must be a number of seconds above 0, got 0"),
+        (_ours(utilization=True), "utilization must be a share above 0 and at most 1, got True"),
+        (_ours(running_per_replica=0), "running_per_replica must be an integer of at least 1"),
     ],
 )
 def test_a_mistake_in_serve_config_is_said_in_one_line(

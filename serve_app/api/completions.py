@@ -10,8 +10,9 @@ from starlette.responses import Response
 from engine.sampling_params import SamplingParams
 from serve_app.api.body import read_body, served_model
 from serve_app.api.chunks import ChunkFrame, quote
-from serve_app.api.event_stream import EventStream
+from serve_app.api.event_stream import EventStream, event_ids
 from serve_app.errors import invalid
+from serve_app.event_ids import HEADER
 from serve_app.generation import Delta, Generation, num_scores
 from serve_app.protocol.completions import (
     DEFAULT_MAX_TOKENS,
@@ -35,7 +36,7 @@ async def create_completion(request: Request) -> Response:
     """Continuations of one or more prompts, whole or (with stream) as server-sent events."""
     model = served_model(request)
     body = await read_body(request, CompletionRequest)
-    generation, echoes = await _generation(model, body, request.state.received)
+    generation, echoes = await _generation(model, body, request)
     texts = _Texts(model, body, generation, echoes)
     if body.stream:
         return EventStream(generation, CompletionChunks(generation, body, texts))
@@ -64,7 +65,7 @@ def _completion(
 
 
 async def _generation(
-    model: ServedModel, body: CompletionRequest, received: float
+    model: ServedModel, body: CompletionRequest, request: Request
 ) -> tuple[Generation, list[str]]:
     """The request as sequences, and what echo puts before each prompt's choices."""
     model.check_name(body.model)
@@ -86,9 +87,10 @@ async def _generation(
         token_ids,
         params,
         request_id=f"cmpl-{uuid.uuid4().hex}",
-        received=received,
+        received=request.state.received,
         cache_salt=body.cache_salt,
         user=body.user,
+        events=event_ids(model, body, request.headers.get(HEADER), params, len(prompts) * params.n),
     )
     return generation, echoes
 
@@ -184,7 +186,7 @@ class CompletionChunks:
             for index in range(generation.num_choices)
         ]
 
-    def first(self) -> bytes:
+    def opening(self, index: int) -> bytes:
         return b""
 
     def chunk(self, delta: Delta) -> bytes:
