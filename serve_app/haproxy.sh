@@ -23,6 +23,10 @@ for argument in "$@"; do
         sed -i -e 's/^\( *bind \)\**:\([0-9]\)/\1127.0.0.1:\2/' \
             -e 's/^\( *option \)splice-request$/\1http-buffer-request/' \
             -e "s|^\( *errorfile 50[234] \).*|\1$unavailable|" "$argument" || exit 1
+        if grep -Eq '^ *bind +\*?:[0-9]' "$argument"; then
+            echo "$0: $argument still binds a port of every interface" >&2
+            exit 1
+        fi
     fi
     previous=$argument
 done

@@ -56,6 +56,7 @@ SIDE_PORTS = (
     "RAY_SERVE_HAPROXY_STATS_PORT",
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
 )
+BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 
 
 def set_local_defaults(environ: Environ, run_dir: Path, *, verbose: bool) -> None:
@@ -63,7 +64,9 @@ def set_local_defaults(environ: Environ, run_dir: Path, *, verbose: bool) -> Non
     environ[RUN_DIR] = str(run_dir)
     ports = map(str, free_ports(len(SIDE_PORTS)))
     defaults = (VERBOSE if verbose else QUIET) | FAST | RETRIES | ALONE
-    _set_defaults(environ, defaults | dict(zip(SIDE_PORTS, ports, strict=True)) | _haproxy(run_dir))
+    defaults |= dict(zip(SIDE_PORTS, ports, strict=True))
+    binary = environ.pop(BINARY, None) or _haproxy_binary()  # the user's gets our changes too
+    _set_defaults(environ, defaults | _haproxy(run_dir, binary))
 
 
 def set_joining_defaults(environ: Environ, *, verbose: bool) -> None:
@@ -77,7 +80,7 @@ def _set_defaults(environ: Environ, values: dict[str, str]) -> None:
         environ.setdefault(name, value)
 
 
-def _haproxy(run_dir: Path) -> dict[str, str]:
+def _haproxy(run_dir: Path, binary: str | None) -> dict[str, str]:
     """Its files in the run directory (/tmp/haproxy-serve by default, and never removed)."""
     files = {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(run_dir / "haproxy.cfg"),
@@ -86,11 +89,10 @@ def _haproxy(run_dir: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(run_dir),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(run_dir / "server-state"),
     }
-    binary = _haproxy_binary()
     if binary is None:  # Serve says so, and how to get it
         return files
     wrapper = Path(__file__).with_name("haproxy.sh")
-    return files | {"RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper), "MANTA_HAPROXY": binary}
+    return files | {BINARY: str(wrapper), "MANTA_HAPROXY": binary}
 
 
 def _haproxy_binary() -> str | None:
