@@ -1,10 +1,11 @@
-"""The `manta` command: serve, chat, plan, check_env.
+"""The `manta` command: serve, chat, plan, env, check_env.
 
 Imports torch or Ray only once a command needs them: a wrong option is answered in 0.2 s.
 """
 
 import contextlib
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -194,6 +195,13 @@ def plan(
         fits, text = run_plan(model, wanted, config, settings, as_json=as_json)
         typer.echo(text)
         raise typer.Exit(0 if fits else 1)
+
+
+@app.command()
+def env() -> None:
+    """Print what `ray start` needs on every node: eval "$(manta env)"."""
+    for name, value in launch_env.node_environment().items():
+        typer.echo(f"export {name}={shlex.quote(value)}")
 
 
 @app.command(name="check_env")

@@ -75,6 +75,13 @@ def set_joining_defaults(environ: Environ, *, verbose: bool) -> None:
     _set_defaults(environ, (VERBOSE if verbose else QUIET) | {"RAY_AUTH_MODE": mode})
 
 
+def node_environment() -> dict[str, str]:
+    """What every node of a cluster needs before its `ray start`, alike on all of them."""
+    values = QUIET | FAST | RETRIES | {"RAY_AUTH_MODE": "token"}
+    binary = _haproxy_binary()
+    return values if binary is None else values | _wrapped(binary)
+
+
 def _set_defaults(environ: Environ, values: dict[str, str]) -> None:
     for name, value in values.items():
         environ.setdefault(name, value)
@@ -91,8 +98,12 @@ def _haproxy(run_dir: Path, binary: str | None) -> dict[str, str]:
     }
     if binary is None:  # Serve says so, and how to get it
         return files
-    wrapper = Path(__file__).with_name("haproxy.sh")
-    return files | {BINARY: str(wrapper), "MANTA_HAPROXY": binary}
+    return files | _wrapped(binary)
+
+
+def _wrapped(binary: str) -> dict[str, str]:
+    """Our changes to its configuration, in front of an HAProxy."""
+    return {BINARY: str(Path(__file__).with_name("haproxy.sh")), "MANTA_HAPROXY": binary}
 
 
 def _haproxy_binary() -> str | None:

@@ -51,7 +51,8 @@ def manta(*args: str) -> tuple[int, str]:
 
 def test_help_names_every_command_and_option() -> None:
     assert all(
-        name in manta("--help")[1] for name in ("serve", "chat", "plan", "check_env", "--version")
+        name in manta("--help")[1]
+        for name in ("serve", "chat", "plan", "env", "check_env", "--version")
     )
     code, text = manta("serve", "--help")
     assert code == 0

@@ -23,7 +23,6 @@ from kernels.dense_linear import multiplies_bf16
 from kernels.int4_aten import AtenInt4Weight
 from kernels.int4_linear import Int4Weight, pack_int4
 
-
 Shape: TypeAlias = tuple[int, int, int]  # inputs, outputs, group size
 
 
