@@ -24,6 +24,7 @@ from engine.engine import Engine
 from engine.errors import EngineDeadError, MantaError
 from engine.executor import EngineInfo
 from engine.outputs import EngineStats, SequenceOutput
+from engine.ray_weights import RayPeers
 from engine.sequence import EngineRequest
 
 if TYPE_CHECKING:
@@ -88,13 +89,14 @@ class EngineActor:
         from engine.worker import Worker, resolve_device
 
         config = self._config
+        peers = RayPeers.of(config)
         device = resolve_device(config.device)
         group = ParallelGroup.join(self._rank, config.tp, address, device)
         if self._rank > 0:
-            worker = Worker(config, group)
+            worker = Worker(config, group, peers)
             threading.Thread(target=_follow, args=(worker, group), daemon=True).start()
             return None
-        engine = Engine(config, LocalExecutor(config, group))
+        engine = Engine(config, LocalExecutor(config, group, peers))
         self._batcher = RequestBatcher(
             engine,
             max_waiting_requests=config.max_waiting_requests,

@@ -7,6 +7,7 @@ The replica is its own ingress, so tokens cross no DeploymentHandle (8 µs per t
 import asyncio
 import gc
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
@@ -45,7 +46,7 @@ class LLMReplica:
 
         starting = asyncio.ensure_future(EngineGroup.start(config))
         try:
-            tokenizer = await asyncio.to_thread(_load_tokenizer, config.model)
+            tokenizer = await asyncio.to_thread(_load_tokenizer, config)
         except CheckpointError:
             starting.cancel()
             await asyncio.wait([starting])  # until its actors are gone
@@ -91,7 +92,9 @@ def _calm_garbage_collector() -> None:
     gc.set_threshold(50_000, 20, 20)
 
 
-def _load_tokenizer(path: str) -> "Tokenizer":
+def _load_tokenizer(config: EngineConfig) -> "Tokenizer":
+    from engine.ray_weights import RayPeers
     from engine.tokenizer import Tokenizer
 
-    return Tokenizer.load(path)
+    checkpoint, peers = Path(config.model), RayPeers.of(config)
+    return Tokenizer.load(checkpoint if peers is None else peers.origin(checkpoint).settings)

@@ -78,7 +78,7 @@ def _unpack_columns(words: Tensor) -> Tensor:
     """int32 words [R, N/8] -> unsigned nibbles, uint8 [R, N]."""
     bytes_of = torch.empty(words.shape, dtype=torch.int64, device=words.device)
     rows = max(1, BLOCK_WORDS // max(1, words.shape[1]))
-    for block, out in zip(words.split(rows), bytes_of.split(rows), strict=True):
+    for block, out in zip(torch.split(words, rows), torch.split(bytes_of, rows), strict=True):
         even, odd = _spread(block & 0xFFFF), _spread((block >> 16) & 0xFFFF)
         torch.bitwise_or(even, odd.bitwise_left_shift_(8), out=out)
     return bytes_of.view(torch.uint8)

@@ -100,7 +100,7 @@ def _pack(q: Tensor, step: int, int8: bool) -> Tensor:
     # Nibbles are paired to bytes eight columns at a time.
     inputs = q.contiguous().view(torch.int64).view(-1, eights, 8, q.shape[1] // 8)
     steps = max(1, BLOCK_WORDS // (eights * q.shape[1]))
-    for block, out in zip(inputs.split(steps), packed.split(steps, dim=1), strict=True):
+    for block, out in zip(torch.split(inputs, steps), torch.split(packed, steps, dim=1), strict=True):
         words = torch.zeros(len(block), eights, q.shape[1], dtype=torch.int32)
         for at, (low, high) in enumerate(INPUTS_OF_BYTE_INT8 if int8 else INPUTS_OF_BYTE_BF16):
             byte = (block[:, :, low] | block[:, :, high] << 4).view(torch.uint8)
