@@ -136,7 +136,7 @@ class RayPeers:
             data=str(data.absolute()),
             checkpoint=origin.checkpoint,
             files=origin.files,
-            settings=str(origin.settings.absolute()),
+            settings=str(origin.settings.resolve()),
             settings_id=origin.settings_id,
             seen=self._seen,
         )

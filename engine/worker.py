@@ -39,9 +39,9 @@ class Worker:
         origin = _find_origin(Path(config.model), peers if cache is not None else None)
         self.spec = load_spec(origin.settings)
         self.dtype = resolve_dtype(config.dtype, self.spec, self.device)
-        self.block_size = config.block_size or (16 if self.device == "cpu" else 64)
+        self.block_size = block_size_of(config, self.device)
         self._group = group
-        limit = _session_limit(config, self.spec)
+        limit = session_limit(config, self.spec)
         self._decoder = load_decoder(
             origin,
             self.spec,
@@ -158,7 +158,12 @@ def _check_same(origin: Origin, group: ParallelGroup) -> None:
         )
 
 
-def _session_limit(config: EngineConfig, spec: DecoderSpec) -> int:
+def block_size_of(config: EngineConfig, device: str) -> int:
+    """Attention tiles on GPUs want 64."""
+    return config.block_size or (16 if device == "cpu" else 64)
+
+
+def session_limit(config: EngineConfig, spec: DecoderSpec) -> int:
     """The longest sequence by config and checkpoint; the cache may allow less."""
     trained = spec.max_position_embeddings
     limit = config.session_len or trained

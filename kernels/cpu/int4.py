@@ -1,11 +1,12 @@
 """The int4 weight of the AMX kernel, kernels/cpu/int4_linear.cpp, which says how it multiplies.
 
-    packed  uint8 [N / 32, K / step, 2, step * 8]   4-bit values; step 32 inputs, int8 rows 64
+    packed  uint8 [N / 32, K / step, 2, step * 8]   4-bit values
     scales  float32 [N / 32, K / g, 2, 16]
     zeros   uint8, shaped like scales
 
-0.5 bytes per weight and no second form: a row's result is the same among any other rows. The
-layout depends on nothing but the shape, so it may be stored.
+A step is 32 inputs, with int8 rows 64 (32 in groups of 32). 0.54 bytes per weight in groups of 128
+and no second form: a row's result is the same among any other rows. The layout depends on nothing
+but the shape, so it may be stored.
 """
 
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ def _pack(q: Tensor, step: int, int8: bool) -> Tensor:
     # Nibbles are paired to bytes eight columns at a time.
     inputs = q.contiguous().view(torch.int64).view(-1, eights, 8, q.shape[1] // 8)
     steps = max(1, BLOCK_WORDS // (eights * q.shape[1]))
-    for block, out in zip(torch.split(inputs, steps), torch.split(packed, steps, dim=1), strict=True):
+    for block, out in zip(torch.split(inputs, steps), torch.split(packed, steps, 1), strict=True):
         words = torch.zeros(len(block), eights, q.shape[1], dtype=torch.int32)
         for at, (low, high) in enumerate(INPUTS_OF_BYTE_INT8 if int8 else INPUTS_OF_BYTE_BF16):
             byte = (block[:, :, low] | block[:, :, high] << 4).view(torch.uint8)
