@@ -7,13 +7,19 @@ from engine.config import EngineConfig
 from engine.executor import EngineInfo
 from engine.outputs import StepResult
 from engine.parallel import ParallelGroup
+from engine.weights.peers import Peers
 from engine.worker import Worker
 
 
 class LocalExecutor:
-    def __init__(self, config: EngineConfig, group: ParallelGroup | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        group: ParallelGroup | None = None,
+        peers: Peers | None = None,
+    ) -> None:
         self._group = group or ParallelGroup()
-        self._worker = Worker(config, self._group)
+        self._worker = Worker(config, self._group, peers)
         self.info = EngineInfo(
             vocab_size=self._worker.spec.vocab_size,
             session_len=self._worker.session_len,

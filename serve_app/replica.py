@@ -8,6 +8,7 @@ import asyncio
 import gc
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
@@ -49,7 +50,7 @@ class LLMReplica:
 
         starting = asyncio.ensure_future(EngineGroup.start(config))
         try:
-            tokenizer = await asyncio.to_thread(_load_tokenizer, config.model)
+            tokenizer = await asyncio.to_thread(_load_tokenizer, config)
         except BaseException:
             starting.cancel()
             await asyncio.wait([starting])  # until its actors are gone
@@ -102,7 +103,9 @@ def _calm_garbage_collector() -> None:
     gc.set_threshold(50_000, 20, 20)
 
 
-def _load_tokenizer(path: str) -> "Tokenizer":
+def _load_tokenizer(config: EngineConfig) -> "Tokenizer":
+    from engine.ray_weights import RayPeers
     from engine.tokenizer import Tokenizer
 
-    return Tokenizer.load(path)
+    checkpoint, peers = Path(config.model), RayPeers.of(config)
+    return Tokenizer.load(checkpoint if peers is None else peers.origin(checkpoint).settings)

@@ -183,7 +183,7 @@ def test_a_checkpoint_that_changes_while_it_is_read_is_refused(
     cache: WeightCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = itertools.count()
-    monkeypatch.setattr(loader_module, "fingerprint", lambda _: [["model", next(sizes), 0]])
+    monkeypatch.setattr(loader_module, "weights_fingerprint", lambda _: [["model", next(sizes), 0]])
     with pytest.raises(CheckpointError, match="changed while it was read"):
         PagedDecoder(tiny_model("llama").path, cache=cache)
     assert list(cache.directory.glob("*.safetensors")) == []
