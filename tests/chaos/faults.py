@@ -41,6 +41,13 @@ async def haproxy(site: Site, load: Load, rng: random.Random) -> str:
     return "killed HAProxy"
 
 
+async def manager(site: Site, load: Load, rng: random.Random) -> str:
+    """HAProxy outlives it, and its successor takes over."""
+    for pid in site.pids("HAProxyManager"):
+        site.kill(pid)
+    return "killed HAProxy's manager"
+
+
 async def scale(site: Site, load: Load, rng: random.Random) -> str:
     before = site.deployment["num_replicas"]
     site.deployment["num_replicas"] = rng.choice([n for n in (1, 2, 3) if n != before])
@@ -56,5 +63,5 @@ async def redeploy(site: Site, load: Load, rng: random.Random) -> str:
 
 
 FAULTS: dict[str, Fault] = {
-    each.__name__: each for each in (engine, hang, replica, node, haproxy, scale, redeploy)
+    each.__name__: each for each in (engine, hang, replica, node, haproxy, manager, scale, redeploy)
 }

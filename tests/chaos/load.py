@@ -12,6 +12,7 @@ import httpx
 
 from serve_app.event_ids import HEADER, START
 
+PROXY_S = 30  # for a proxy that was killed to be back
 PATIENCE_S = 120  # with one request; whoever waits longer has lost it
 PATH = "/v1/completions"
 Body = dict[str, Any]
@@ -22,8 +23,8 @@ def make_bodies(model: str, count: int, max_tokens: int) -> list[Body]:
     """Every third wants the whole answer; the others stream. All are fixed by their seeds."""
     kinds: list[Body] = [
         {"temperature": 0},
-        {"temperature": 1, "seed": 7, "n": 2},
-        {"temperature": 1, "seed": 3, "presence_penalty": 0.5, "max_tokens": max_tokens // 3},
+        {"temperature": 1, "top_k": 8, "seed": 7, "n": 2},
+        {"temperature": 1, "top_k": 8, "seed": 3, "max_tokens": max_tokens // 3},
     ]
     common: Body = {"model": model, "max_tokens": max_tokens, "ignore_eos": True}
     common |= {"return_token_ids": True}
@@ -59,10 +60,16 @@ class Load:
         self._stopping = asyncio.Event()
 
     async def ask_oracle(self) -> None:
-        """The answers while nothing is disturbed."""
-        answers = await asyncio.gather(*map(self._ask, self._bodies))
-        self._oracle = dict(enumerate(answers))
+        """The answers while nothing is disturbed.
+
+        A draw next to the border between two tokens may fall either way with the rows of a step,
+        also in float32 (once in 40,000 without top_k): what is not the same alone is not asked for.
+        """
+        together = await asyncio.gather(*map(self._ask, self._bodies))
+        alone = [await self._ask(body) for body in self._bodies]
         assert not self.count.resumed
+        kept = [i for i in range(len(self._bodies)) if together[i] == alone[i]]
+        self._oracle = {i: alone[i] for i in kept}
 
     async def run(self, rng: random.Random) -> None:
         clients = [random.Random(rng.random()) for _ in range(self._num_clients)]
@@ -76,18 +83,18 @@ class Load:
 
     async def _ask_on(self, rng: random.Random) -> None:
         while not self._stopping.is_set():
-            index = rng.randrange(len(self._bodies))
+            index = rng.choice(list(self._oracle))
             try:
                 async with asyncio.timeout(PATIENCE_S):
                     answer = await self._ask(self._bodies[index])
-            except (httpx.HTTPError, TimeoutError, RuntimeError) as error:
+            except (httpx.HTTPError, TimeoutError, RefusedError) as error:
                 kind = "stream" if self._bodies[index]["stream"] else "whole"
                 self.count.lost.append(f"{kind} {index}: {error!r}")
                 await asyncio.sleep(1)
                 continue
             self.count.complete += 1
             if answer != self._oracle[index]:
-                self.count.wrong.append(f"{index}: {answer} instead of {self._oracle[index]}")
+                self.count.wrong.append(_difference(index, answer, self._oracle[index]))
 
     async def _ask(self, body: Body) -> Answer:
         return await (self._stream(body) if body["stream"] else self._whole(body))
@@ -97,15 +104,14 @@ class Load:
             asked = time.monotonic()
             try:
                 response = await self._client.post(PATH, json=body)
-            except httpx.TransportError:
-                if asked > self.proxy_killed + PATIENCE_S or self.proxy_killed < 0:
+                if response.status_code == 200:
+                    return [choice["token_ids"] for choice in response.json()["choices"]]
+                raise RefusedError(f"{response.status_code}: {response.text}")
+            except (httpx.TransportError, RefusedError):
+                if self.proxy_killed < 0 or asked > self.proxy_killed + PROXY_S:
                     raise
                 self.count.entrance += 1
                 await asyncio.sleep(0.2)
-                continue
-            if response.status_code != 200:
-                raise RuntimeError(f"{response.status_code}: {response.text}")
-            return [choice["token_ids"] for choice in response.json()["choices"]]
 
     async def _stream(self, body: Body) -> Answer:
         answer: Answer = [[] for _ in range(body.get("n", 1))]
@@ -116,7 +122,7 @@ class Load:
             except CutError as cut:
                 last = cut.last
                 self.count.resumed += 1
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(0.2)
         return answer
 
     async def _read(self, body: Body, answer: Answer, last: str) -> str | None:
@@ -130,7 +136,7 @@ class Load:
                     return last
                 if response.status_code != 200:
                     await response.aread()
-                    raise RuntimeError(f"{response.status_code}: {response.text}")
+                    raise RefusedError(f"{response.status_code}: {response.text}")
                 event_id = last
                 async for line in response.aiter_lines():
                     field_name, _, value = line.partition(": ")
@@ -148,6 +154,19 @@ class Load:
         except httpx.TransportError as error:
             raise CutError(last) from error
         raise CutError(last)
+
+
+def _difference(index: int, answer: Answer, expected: Answer) -> str:
+    for choice, (found, wanted) in enumerate(zip(answer, expected, strict=True)):
+        if found != wanted:
+            pairs = zip(found, wanted, strict=False)
+            at = next((i for i, (a, b) in enumerate(pairs) if a != b), "the end")
+            return f"{index}, choice {choice}: from {at} on, {len(found)} of {len(wanted)} tokens"
+    return ""
+
+
+class RefusedError(Exception):
+    """An answer that the server should not have given."""
 
 
 class CutError(Exception):
