@@ -324,5 +324,9 @@ def test_options_win_over_the_file_s_scaling(
     scaling = deployment["autoscaling_config"]
     assert (scaling["min_replicas"], scaling["initial_replicas"], plan.num_replicas) == (0, 1, 1)
     assert scaling["downscale_delay_s"] == 5
+    deployment["autoscaling_config"] |= {"min_replicas": 0, "initial_replicas": 0}
+    (tmp_path / "serve_config.yaml").write_text(yaml.safe_dump(plan.serve_config))
+    (deployment,) = make_plan().serve_config["applications"][0]["deployments"]
+    assert deployment["autoscaling_config"]["initial_replicas"] == 1
     with pytest.raises(ConfigError, match=r"which autoscaling_config in .* scales"):
         make_plan(num_replicas=2)
