@@ -31,9 +31,9 @@ class Worker:
         path = Path(config.model)
         self.spec = load_spec(path)
         self.dtype = resolve_dtype(config.dtype, self.spec, self.device)
-        self.block_size = config.block_size or (16 if self.device == "cpu" else 64)
+        self.block_size = block_size_of(config, self.device)
         self._group = group
-        limit = _session_limit(config, self.spec)
+        limit = session_limit(config, self.spec)
         cache = _weight_cache(config, self.device)
         self._decoder = load_decoder(
             path,
@@ -133,7 +133,12 @@ def _weight_cache(config: EngineConfig, device: str) -> WeightCache | None:
     return WeightCache(directory, config.max_weights_cache_bytes)
 
 
-def _session_limit(config: EngineConfig, spec: DecoderSpec) -> int:
+def block_size_of(config: EngineConfig, device: str) -> int:
+    """Attention tiles on GPUs want 64."""
+    return config.block_size or (16 if device == "cpu" else 64)
+
+
+def session_limit(config: EngineConfig, spec: DecoderSpec) -> int:
     """The longest sequence by config and checkpoint; the cache may allow less."""
     trained = spec.max_position_embeddings
     limit = config.session_len or trained

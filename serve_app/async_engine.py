@@ -87,7 +87,7 @@ class AsyncEngine:
         self._schedule_send()
         for request in requests:
             if request.seed is None and request.params.seed is None:
-                request = replace(request, seed=self._seeds.getrandbits(63))
+                request = replace(request, seed=self.new_seed())
             self._sequences[request.request_id] = OpenSequence(request, opened)
             self._submits.append(request)
         return opened
@@ -104,6 +104,10 @@ class AsyncEngine:
         self._schedule_send()
         self._aborts.append(request_id)
         self._end_trial(self._sequences.pop(request_id))
+
+    def new_seed(self) -> int:
+        """For a request without one."""
+        return self._seeds.getrandbits(63)
 
     @property
     def num_open(self) -> int:

@@ -29,13 +29,12 @@ class LoadMeter:
         """
         self._measure(stats, time.monotonic())
         running = min(stats.num_running, num_open)
-        since = stats.oldest_waiting_since
         measured = self._seconds >= ENOUGH_S
         return ReplicaLoad(
             running=running,
             waiting=num_open - running,
             waiting_tokens=stats.num_waiting_tokens,
-            oldest_waiting_s=0.0 if since is None else max(0.0, time.time() - since),
+            oldest_waiting_s=stats.oldest_waiting_s,
             slots=self._slots,
             kv_cache_usage=stats.kv_cache_usage,
             drained_per_s=self._sequences / self._seconds if measured else 0.0,

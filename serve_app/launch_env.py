@@ -27,7 +27,20 @@ FAST = {
     "RAY_agent_register_timeout_ms": "120000",  # 15 s by default: too short on a busy machine
     "RAY_worker_niceness": "0",  # 15 by default: a busy neighbour starved a starting engine
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # 5 by default: a busy machine never got ready
-    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "600",  # 120 by default: scaling cuts longer streams
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",  # 120 by default: scaling cuts longer streams
+}
+
+# What a dead or stopping replica has not answered goes to another one. With one error a replica is
+# not asked again before it passed health checks: the last resort, Serve's fallback proxy, which
+# waits for a replica, only gets requests when all replicas are marked so.
+RETRIES = {
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response 503",
+    "RAY_SERVE_HAPROXY_RETRIES": "5",
+    "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",
+    # Requests up to this size, headers included, can be tried again (16 KiB by default, about 4000
+    # tokens). Each request that waits for its first byte takes that much of HAProxy's memory.
+    "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(128 * 1024),
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # a hung one keeps its GPUs from its successor
 }
 
 # Only processes of this machine and user take part.
@@ -49,7 +62,7 @@ def set_local_defaults(environ: Environ, run_dir: Path, *, verbose: bool) -> Non
     """For a Ray cluster this process starts; run_dir is its Guard's."""
     environ[RUN_DIR] = str(run_dir)
     ports = map(str, free_ports(len(SIDE_PORTS)))
-    defaults = (VERBOSE if verbose else QUIET) | FAST | ALONE
+    defaults = (VERBOSE if verbose else QUIET) | FAST | RETRIES | ALONE
     _set_defaults(environ, defaults | dict(zip(SIDE_PORTS, ports, strict=True)) | _haproxy(run_dir))
 
 

@@ -33,8 +33,12 @@ class LaunchPlan:
         return str(self.serve_config["applications"][0]["name"])
 
     @property
+    def app_args(self) -> AppArgs:
+        return AppArgs.model_validate(self.serve_config["applications"][0]["args"])
+
+    @property
     def num_ranks(self) -> int:
-        return self.num_replicas * self.engine.tp
+        return self.num_replicas * self.engine.num_ranks
 
 
 def make_plan(

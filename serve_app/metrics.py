@@ -12,7 +12,7 @@ from typing import Any
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
-from engine.outputs import EngineStats
+from engine.outputs import EngineStats, SequenceOutput
 
 INTERVAL_S = 0.1  # Ray exports every 10 s
 REFRESH_S = 5.0  # Ray forgets a gauge that was not set between two exports
@@ -62,6 +62,7 @@ class Metrics:
         self._inter_token_values: list[float] = []
         self.per_token = self._histogram("vllm_request_time_per_output_token_seconds", TOKEN_S)
         self.e2e = self._histogram("vllm_e2e_request_latency_seconds", REQUEST_S)
+        self.framework = self._histogram("manta_request_framework_time_seconds", TTFT_S)
         self.queue = self._histogram("vllm_request_queue_time_seconds", REQUEST_S)
         self.inference = self._histogram("vllm_request_inference_time_seconds", REQUEST_S)
         self.prefill = self._histogram("vllm_request_prefill_time_seconds", REQUEST_S)
@@ -142,14 +143,15 @@ class SequenceTimer:
         self._num_prompt_tokens = num_prompt_tokens
         self._start = self._last = time.perf_counter()
         self._first: float | None = None
-        self._queue_time = 0.0
+        self._queue = self._prefill = 0.0
 
-    def on_output(self, queue_time: float) -> None:
-        """Tokens arrived; `queue_time` comes with the first."""
+    def on_output(self, output: SequenceOutput) -> None:
+        """Tokens arrived. The times of the first report count: an engine that takes a dead one's
+        place measures its own."""
         now = time.perf_counter()
         if self._first is None:
             self._first = now
-            self._queue_time = queue_time
+            self._queue, self._prefill = output.queue_time, output.prefill_time
             self._metrics.ttft.observe(now - self._start)
         else:
             self._metrics.record_inter_token(now - self._last)
@@ -162,12 +164,11 @@ class SequenceTimer:
         if self._first is None:
             return
         decode = self._last - self._first
-        prefill = max(0.0, self._first - self._start - self._queue_time)
         metrics.e2e.observe(self._last - self._start)
-        metrics.queue.observe(self._queue_time)
-        metrics.prefill.observe(prefill)
+        metrics.queue.observe(self._queue)
+        metrics.prefill.observe(self._prefill)
         metrics.decode.observe(decode)
-        metrics.inference.observe(prefill + decode)
+        metrics.inference.observe(self._prefill + decode)
         metrics.prompt_tokens.observe(self._num_prompt_tokens)
         metrics.generation_tokens.observe(num_tokens)
         if num_tokens > 1:

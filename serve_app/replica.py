@@ -14,9 +14,9 @@ from fastapi import FastAPI
 from ray import serve
 
 from engine.config import EngineConfig
-from engine.errors import CheckpointError
 from serve_app.async_engine import AsyncEngine
 from serve_app.autoscaling_stats import LoadMeter
+from serve_app.draining import end_before_kill
 from serve_app.http_app import create_http_app
 from serve_app.metrics import Metrics
 from serve_app.served_model import Limits, ServedModel
@@ -31,7 +31,9 @@ DRAIN_POLL_S = 0.05
     name="LLMReplica",
     max_ongoing_requests=100_000,  # the engine's bounded queue refuses, and says why
     health_check_period_s=1,  # Serve replaces a replica after three that fail
-    health_check_timeout_s=30,
+    health_check_timeout_s=10,
+    graceful_shutdown_timeout_s=120,  # then open streams end with an error they can resume from
+    graceful_shutdown_wait_loop_s=0.5,
 )
 @serve.ingress()
 class LLMReplica:
@@ -48,7 +50,7 @@ class LLMReplica:
         starting = asyncio.ensure_future(EngineGroup.start(config))
         try:
             tokenizer = await asyncio.to_thread(_load_tokenizer, config.model)
-        except CheckpointError:
+        except BaseException:
             starting.cancel()
             await asyncio.wait([starting])  # until its actors are gone
             raise
@@ -64,6 +66,7 @@ class LLMReplica:
             config=config,
         )
         self._meter = LoadMeter(config.max_num_seqs)
+        self._ending = asyncio.ensure_future(end_before_kill(self._model.engine))
         _calm_garbage_collector()
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -82,6 +82,7 @@ HISTOGRAMS = (
 METRICS = {f"ray_vllm_{name}" for name in GAUGES_AND_COUNTERS} | {
     f"ray_vllm_{name}_count" for name in HISTOGRAMS
 }
+METRICS.add("ray_manta_request_framework_time_seconds_count")
 
 
 @cache

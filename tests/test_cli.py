@@ -50,7 +50,9 @@ def manta(*args: str) -> tuple[int, str]:
 
 
 def test_help_names_every_command_and_option() -> None:
-    assert all(name in manta("--help")[1] for name in ("serve", "chat", "check_env", "--version"))
+    assert all(
+        name in manta("--help")[1] for name in ("serve", "chat", "plan", "check_env", "--version")
+    )
     code, text = manta("serve", "--help")
     assert code == 0
     options = (
