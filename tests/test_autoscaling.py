@@ -266,7 +266,7 @@ def test_a_meter_measures_while_sequences_wait(monkeypatch: pytest.MonkeyPatch) 
             num_prompt_tokens=40 * step,
             num_steps=step,
         )
-        read = meter.read(stats, num_open=9)
+        read = meter.read(stats, 9, now)
         if step == 5:
             assert (read.drained_per_s, read.drained_tokens_per_s) == (0, 0)  # too early to tell
     assert read.drained_per_s == pytest.approx(20)
@@ -276,7 +276,7 @@ def test_a_meter_measures_while_sequences_wait(monkeypatch: pytest.MonkeyPatch) 
     now += 60  # idle, then another engine, which counts from zero
     for num_steps, num_waiting in ((40, 0), (1, 3)):
         stats = EngineStats(num_steps=num_steps, num_waiting=num_waiting)
-        assert meter.read(stats, num_open=0).drained_per_s == pytest.approx(20)
+        assert meter.read(stats, 0, now).drained_per_s == pytest.approx(20)
 
 
 # -- settings -----------------------------------------------------------------------------------
