@@ -1,7 +1,6 @@
 """Stages of layers in processes of their own give the tokens of one process, whatever is asked."""
 
 import pickle
-import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,13 @@ import pytest
 import torch
 from torch.multiprocessing.spawn import spawn
 
-from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError
 from engine.local_executor import LocalExecutor
 from engine.models import check_pp, load_spec, stage_layers
-from engine.outputs import EngineStats, SequenceOutput
-from engine.parallel import ParallelGroup
-from engine.pipeline import PipelineExecutor, follow_stage
-from engine.worker import Worker
-from tests.test_engine import collect, prompts, request
+from engine.outputs import SequenceOutput
+from tests.pipeline_rank import Job, everything, run_rank
+from tests.test_engine import prompts
 from tests.test_tensor_parallel import EVEN, free_port
 from tests.tiny_models import TinyModel, tiny_model
 
@@ -28,31 +24,19 @@ NUM_RANKS = 4
 
 @dataclass(frozen=True)
 class Case:
-    """How many ranks of which model; `cache` is a directory for packed weights."""
+    """How many ranks of which model."""
 
     tp: int
     pp: int
     family: str = "llama"
     group_size: int | None = None
     model: tuple[tuple[str, Any], ...] = (("num_hidden_layers", 4),)
-    dtype: str = "float32"
 
     def tiny(self) -> TinyModel:
         return tiny_model(self.family, self.group_size, **dict(self.model))
 
-    def config(self, path: Path, cache: Path | None, **changes: Any) -> EngineConfig:
-        return EngineConfig(
-            model=str(path),
-            dtype=self.dtype,  # type: ignore[arg-type]
-            device="cpu",
-            num_threads=1,
-            block_size=4,
-            max_num_seqs=6,
-            max_num_batched_tokens=16,
-            cache_max_entry_count=28,
-            weights_cache=None if cache is None else str(cache),
-            **({"tp": self.tp, "pp": self.pp} | changes),
-        )
+    def job(self) -> Job:
+        return Job(self.tp, self.pp, self.tiny().path, f"127.0.0.1:{free_port()}")
 
 
 AWQ = tuple({**EVEN, "attention_bias": True, "num_hidden_layers": 3}.items())
@@ -61,59 +45,10 @@ CASES = {
     "stages of 2, 1 and 1 layers": Case(1, 3),
     "a layer each": Case(1, 4),
     "two stages of two ranks": Case(2, 2),
-    "tied": Case(1, 2, model=(("num_hidden_layers", 3), ("tie_word_embeddings", True))),
-    "tied, two stages of two ranks": Case(2, 2, model=(("tie_word_embeddings", True),)),
+    "tied": Case(2, 2, model=(("tie_word_embeddings", True),)),
     "awq": Case(2, 2, group_size=16, model=AWQ),
     "qwen3": Case(1, 2, family="qwen3"),
 }
-Outputs = dict[str, SequenceOutput]
-
-
-def everything(engine: Engine) -> tuple[Outputs, EngineStats]:
-    """All kinds of requests that come, go and fight for 28 blocks; the last ones know prefixes."""
-    rng = random.Random(11)
-    kinds: list[dict[str, Any]] = [
-        {},
-        {"temperature": 1.0, "seed": 3, "top_p": 0.9},
-        {"logprobs": 2, "prompt_logprobs": 1},
-        {"temperature": 0.8, "seed": 4, "repetition_penalty": 1.4, "presence_penalty": 0.5},
-        {"temperature": 1.0, "seed": 5, "frequency_penalty": 0.7, "top_k": 20, "logprobs": 0},
-        {"min_tokens": 8, "stop_token_ids": list(range(60))},
-    ]
-    outputs: Outputs = {}
-    for index in range(24):
-        prompt = prompts()[index % len(prompts())]
-        params = {"max_tokens": 10} | kinds[index % len(kinds)]
-        engine.add(request(str(index), prompt, **params))
-        if index % 5 == 4:
-            engine.add(request(f"aborted {index}", prompt, temperature=1.0))
-        while engine.has_work and rng.random() < 0.6:
-            collect(engine.step(), outputs)
-        if index % 5 == 4:
-            engine.abort(f"aborted {index}")
-    while engine.has_work:
-        collect(engine.step(), outputs)
-        engine.scheduler.check_integrity()
-    return {name: out for name, out in outputs.items() if "ab" not in name}, engine.stats()
-
-
-def run_rank(rank: int, jobs: list[tuple[Case, Path, str]], cache: Path, out: Path) -> None:
-    """The body of each spawned process; rank 0 writes what `everything` gave in each case."""
-    torch.set_num_threads(1)
-    results = []
-    for case, path, address in jobs:
-        if rank >= case.tp * case.pp:
-            continue
-        group = ParallelGroup.join(rank, case.tp, address, "cpu", pp=case.pp)
-        config = case.config(path, cache)
-        if rank > 0:
-            follow_stage(config, Worker(config, group), group)
-            continue
-        engine = Engine(config, PipelineExecutor(config, group))
-        results.append((engine.info, *everything(engine)))
-        engine.close()
-    if rank == 0:
-        out.write_bytes(pickle.dumps(results))
 
 
 @pytest.fixture(scope="module")
@@ -126,16 +61,16 @@ def found(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[str, An
     """Per case what the ranks gave; one spawn serves all."""
     cache.chmod(0o700)
     out = tmp_path_factory.mktemp("pp") / "results"
-    jobs = [(case, case.tiny().path, f"127.0.0.1:{free_port()}") for case in CASES.values()]
-    spawn(run_rank, (jobs, cache, out), nprocs=NUM_RANKS)  # type: ignore[no-untyped-call]
+    jobs = [case.job() for case in CASES.values()]
+    spawn(run_rank, (jobs, prompts(), cache, out), nprocs=NUM_RANKS)  # type: ignore[no-untyped-call]
     return dict(zip(CASES, pickle.loads(out.read_bytes()), strict=True))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_stages_give_what_one_process_gives(name: str, found: dict[str, Any]) -> None:
     case, (info, outputs, stats) = CASES[name], found[name]
-    config = case.config(case.tiny().path, None, tp=1, pp=1)
-    expected, _ = everything(Engine(config, LocalExecutor(config)))
+    config = case.job().config(None, tp=1, pp=1)
+    expected, _ = everything(Engine(config, LocalExecutor(config)), prompts())
     assert (info.tp, info.pp, info.num_blocks) == (case.tp, case.pp, 28)
     assert stats.num_preemptions > 0
     assert stats.prefix_cache_hits > 0
