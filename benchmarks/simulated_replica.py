@@ -119,9 +119,7 @@ class SimulatedReplica:
         )
         prompt = self._prompt(request.arrival)
         scheduler.add(
-            EngineRequest(
-                request_id=name, prompt_token_ids=prompt, params=params, arrival_time=now
-            )
+            EngineRequest(request_id=name, prompt_token_ids=prompt, params=params, arrival_time=now)
         )
 
     def begin_step(self, now: float) -> float:
