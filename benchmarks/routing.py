@@ -141,8 +141,8 @@ def _server(routed: bool) -> Iterator[str]:
         "num_threads": 1,
     }
     args = {"engine": engine, "model_name": MODEL_NAME, "cache_aware_routing": routed}
-    app = {"name": "bench", "import_path": "serve_app.app:build_app", "args": args}
-    app |= {"deployments": [{"name": "LLMReplica", "num_replicas": NUM_REPLICAS}]}
+    app: dict[str, Any] = {"name": "bench", "import_path": "serve_app.app:build_app", "args": args}
+    app["deployments"] = [{"name": "LLMReplica", "num_replicas": NUM_REPLICAS}]
     url = f"http://127.0.0.1:{port}"
     manta = [str(Path(sys.executable).with_name("manta")), "serve", "--port", str(port)]
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}

@@ -107,7 +107,7 @@ class Generation:
 
     def __enter__(self) -> "Generation":
         self.times.submitted = time.perf_counter()
-        self._model.metrics.framework.observe(self.times.framework)
+        self._model.metrics.record_seconds("framework", self.times.framework)
         self._open = self._model.engine.open(self._requests, self._session_id)
         return self
 

@@ -6,8 +6,10 @@ engines of that model's own replicas; it is loaded when the first request asks f
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine.config import EngineConfig
 from serve_app.engines import Engines
 from serve_app.errors import ApiError, shown
 from serve_app.metrics import Metrics
@@ -41,7 +43,7 @@ class OtherModel:
     async def load(self) -> ServedModel:
         """Also waits for an engine, which Serve starts if the model has no replica."""
         if self._tokenizer is None or (self._tokenizer.done() and self._tokenizer.exception()):
-            loading = asyncio.to_thread(load_tokenizer, self.spec.config.model)
+            loading = asyncio.to_thread(load_tokenizer, self.spec.config)
             self._tokenizer = asyncio.ensure_future(loading)
         # Shielded: a client that leaves must not take it from others.
         tokenizer = await asyncio.shield(self._tokenizer)
@@ -120,8 +122,16 @@ class Models:
             )
 
 
-def load_tokenizer(path: str) -> "Tokenizer":
+def load_tokenizer(config: EngineConfig) -> "Tokenizer":
     """Takes seconds; not for the loop."""
     from engine.tokenizer import Tokenizer
 
-    return Tokenizer.load(path)
+    return Tokenizer.load(settings_of(config))
+
+
+def settings_of(config: EngineConfig) -> Path:
+    """The directory of the checkpoint's small files, which a peer's node may have sent."""
+    from engine.ray_weights import RayPeers
+
+    checkpoint, peers = Path(config.model), RayPeers.of(config)
+    return checkpoint if peers is None else peers.origin(checkpoint).settings

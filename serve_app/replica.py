@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
@@ -28,7 +27,7 @@ from serve_app.engines import Engines
 from serve_app.http_app import create_http_app
 from serve_app.metrics import Metrics
 from serve_app.model_spec import ModelSpec
-from serve_app.models import Models, OtherModel, load_tokenizer
+from serve_app.models import Models, OtherModel, load_tokenizer, settings_of
 from serve_app.served_model import ServedModel
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ class _Replica:
         stats = self._own.stats
         # What this replica sent there, or what others did as well: theirs is seen in the engine.
         num_open = max(self._own.num_open, stats.num_running + stats.num_waiting)
-        return asdict(self._meter.read(stats, num_open))
+        return asdict(self._meter.read(stats, num_open, time.time()))
 
     @property
     def _own(self) -> AsyncEngine:
@@ -105,7 +104,7 @@ class LLMReplica(_Replica):
     ) -> None:
         starting = asyncio.ensure_future(self._start(spec))
         try:
-            tokenizer = await asyncio.to_thread(load_tokenizer, spec.config.model)
+            tokenizer = await asyncio.to_thread(load_tokenizer, spec.config)
         except BaseException:
             starting.cancel()
             await asyncio.wait([starting])  # until its actors are gone
@@ -189,7 +188,7 @@ async def _attach(handle: DeploymentHandle[Any]) -> Entry:
 def _other_model(spec: ModelSpec, created: int, handle: DeploymentHandle[Any]) -> OtherModel:
     from engine.models import load_spec
 
-    longest = load_spec(Path(spec.config.model)).max_position_embeddings
+    longest = load_spec(settings_of(spec.config)).max_position_embeddings
     session_len = min(spec.config.session_len or longest, longest)
     metrics = Metrics(spec.name, session_len)
     engines = _engines(spec, metrics, handle=handle)

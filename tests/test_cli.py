@@ -51,14 +51,15 @@ def manta(*args: str) -> tuple[int, str]:
 
 def test_help_names_every_command_and_option() -> None:
     assert all(
-        name in manta("--help")[1] for name in ("serve", "chat", "plan", "check_env", "--version")
+        name in manta("--help")[1]
+        for name in ("serve", "chat", "plan", "env", "check_env", "--version")
     )
     code, text = manta("serve", "--help")
     assert code == 0
     options = (
-        "--config --host --port --model-name --tp --num-replicas --min-replicas --max-replicas "
-        "--device --dtype --session-len --max-num-seqs --cache-max-entry-count --dashboard "
-        "--log-level"
+        "--config --host --port --model-name --tp --pp --placement --num-replicas --min-replicas "
+        "--max-replicas --device --dtype --session-len --max-num-seqs --cache-max-entry-count "
+        "--dashboard --log-level"
     )
     assert all(option in text for option in options.split())
 
