@@ -89,7 +89,7 @@ async def _measure(url: str, prompts: list[str], *, quick: bool) -> list[str | f
     """Share of prompt tokens found, TTFT in ms (p50, p95), requests per second."""
     await asyncio.sleep(SETTLE_S)
     rng = random.Random(1)
-    num_warm, num_measured = (24, 48) if quick else (WARM_UP, MEASURED)
+    num_warm, num_measured = (96, 192) if quick else (WARM_UP, MEASURED)
     tenants = [rng.randrange(NUM_TENANTS) for _ in range(num_warm + num_measured)]
     waiting = iter(enumerate(tenants))
     replies: list[tuple[int, Reply]] = []

@@ -26,6 +26,7 @@ class OpenRequest:
     """
 
     def __init__(self, request_ids: Sequence[str]) -> None:
+        self.is_waiting = True  # for its first output
         self.unfinished = {request_id: index for index, request_id in enumerate(request_ids)}
         self._outputs: dict[int, SequenceOutput] = {}
         self._error: EngineDeadError | None = None
@@ -43,6 +44,7 @@ class OpenRequest:
         raise self._error
 
     def put(self, output: SequenceOutput) -> None:
+        self.is_waiting = False
         index = self.unfinished[output.request_id]
         if output.finish_reason is not None:
             del self.unfinished[output.request_id]

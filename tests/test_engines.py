@@ -141,6 +141,25 @@ async def test_what_was_sent_counts_until_it_is_told(world: World) -> None:
 
 
 @world()
+async def test_a_replica_s_share_of_a_load_is_counted_as_it_is_now(world: World) -> None:
+    """Not as it was told: a burst of one tenant stays where its beginning is cached."""
+    await world.tell(entry("other", prefixes=6))
+    opened = [world.engines.open([request(str(index))]) for index in range(2)]
+    await world.settle()
+    (guest,) = world.joins["other"]
+    assert len(guest.requests) == 2
+    await world.tell(entry("other", prefixes=6, running=2))
+    for index, each in enumerate(opened):
+        guest.put(SequenceOutput(str(index), [5], finish_reason="stop"))
+        await each.take()
+        world.engines.close(each)
+    for index in range(2, 4):  # beside 2 others they would cost more than it saves
+        world.engines.open([request(str(index))])
+    await world.settle()
+    assert len(guest.requests) == 4
+
+
+@world()
 async def test_a_dead_guest_engine_s_sequences_go_on_in_the_own_one(world: World) -> None:
     await world.tell(entry("other", prefixes=6))
     opened = world.engines.open([request("a")])
@@ -252,7 +271,10 @@ async def test_an_engine_is_described_as_it_is(world: World) -> None:
     assert world.engines.own is not None
     world.engines.own.stats = EngineStats(num_running=2, num_waiting=3, num_waiting_tokens=40)
     told = await world.engines.describe("tiny")
-    assert (told.replica_id, told.num_sequences, told.num_waiting_tokens) == ("me", 5, 40)
+    assert (told.replica_id, told.num_sequences, told.num_waiting_tokens) == ("me", 5, 0)
+    world.engines.own.stats = EngineStats(num_running=2, num_waiting_tokens=50)
+    told = await world.engines.describe("tiny")
+    assert (told.num_sequences, told.num_waiting_tokens) == (2, 40)  # what waited all the time
     assert told.engine is not None
     assert world.own.consumer == OWNER
 
