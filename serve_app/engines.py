@@ -25,7 +25,7 @@ from serve_app.async_engine import AsyncEngine
 from serve_app.directory import Entry
 from serve_app.metrics import Metrics
 from serve_app.open_request import OpenRequest
-from serve_app.peers import Load, Peer
+from serve_app.peers import Load, Peer, QueueMeter
 from serve_app.routing import choose, num_matched
 
 if TYPE_CHECKING:
@@ -66,12 +66,12 @@ class Engines:
         self._seeds = random.Random(config.seed)
         self._join = join
         self._refer = refer
-        self._num_waiting_tokens = 0
+        self._queue = QueueMeter()
         self._attach = attach
         self._peers: dict[str, Peer] = {}  # by replica id, this one's own too
         self._guests: dict[str, _Guest] = {}  # by the id of the engine each joined first
         self._opened: dict[OpenRequest, _Sent] = {}
-        self.last_info = own.info if own is not None else None
+        self._last_ref: EngineRef | None = None  # the engine heard of last, which may be gone
 
     # -- AsyncEngine's interface ----------------------------------------------------------------
 
@@ -79,8 +79,14 @@ class Engines:
     def info(self) -> "EngineInfo":
         if self.own is not None:
             return self.own.info
-        assert self.last_info is not None, "ready() comes first"
-        return self.last_info
+        info = self.last_info
+        assert info is not None, "ready() comes first"
+        return info
+
+    @property
+    def last_info(self) -> "EngineInfo | None":
+        """None when no engine was heard of yet."""
+        return self._last_ref.info if self._last_ref is not None else None
 
     def open(self, requests: Sequence[EngineRequest], session_id: str | None = None) -> OpenRequest:
         """Submit the sequences of one request to one engine. Every open needs its close."""
@@ -132,7 +138,7 @@ class Engines:
             model,
             self._refer(group) if group is not None else None,
             stats.num_running + stats.num_waiting,
-            self._queue(stats.num_waiting_tokens),
+            self._queue.read(stats),
             await self._prefixes(group) if group is not None else [],
         )
         self._hear(entry)
@@ -151,17 +157,11 @@ class Engines:
                 guest.engine.stop()
                 del self._guests[engine_id]
 
-    def _queue(self, num_waiting_tokens: int) -> int:
-        """What waits now and waited last time: others act on it for half a second, in which a
-        prompt that only waits for the next step is long done."""
-        before, self._num_waiting_tokens = self._num_waiting_tokens, num_waiting_tokens
-        return min(before, num_waiting_tokens)
-
     def _hear(self, entry: Entry) -> None:
         peer = self._peers.setdefault(entry.replica_id, Peer(entry.replica_id))
         peer.hear(entry, self._mine()[entry.replica_id])
         if entry.engine is not None:
-            self.last_info = entry.engine.info
+            self._last_ref = entry.engine
 
     async def _prefixes(self, group: "EngineGroup") -> list[int]:
         if not self._config.enable_prefix_caching:
@@ -186,9 +186,7 @@ class Engines:
     def _choose(self, requests: Sequence[EngineRequest], session_id: str | None) -> "_Sent":
         others = self._usable()
         if not others:
-            if self.own is None:
-                raise EngineDeadError("no engine of this model is left")
-            return _Sent(self.own, self._replica_id, 0)
+            return _Sent(self.own or self._waiting_guest(), self._replica_id, 0)
         mine = self._peers.get(self._replica_id)
         if mine is not None and self.own is not None and self.own.group is not None:
             others.append(mine)
@@ -232,6 +230,14 @@ class Engines:
             engine = AsyncEngine(group, self._another, self._config, self._metrics)
             self._guests[ref.id] = _Guest(engine, group)
         return self._guests[ref.id].engine
+
+    def _waiting_guest(self) -> AsyncEngine:
+        """Of an engine that died since ready(): what is opened goes on in the next one."""
+        assert self._last_ref is not None, "ready() comes first"
+        group = self._join(self._last_ref)
+        engine = AsyncEngine(group, self._another, self._config, self._metrics)
+        self._guests[f"{self._last_ref.id} {id(engine)}"] = _Guest(engine, group)
+        return engine
 
     async def _another(self) -> "EngineGroup":
         """Where a guest's open sequences go on: here, or else in the least busy engine."""

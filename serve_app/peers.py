@@ -1,4 +1,4 @@
-"""Peer: what one replica knows of another one's engine, as routing weighs it.
+"""What replicas tell of their engines and know of others', as routing weighs it.
 
 Knows no engine and no Ray.
 """
@@ -8,13 +8,35 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from engine.outputs import EngineStats
 from serve_app.directory import Entry
 from serve_app.routing import Candidate
 
 if TYPE_CHECKING:
     from engine.ray_remote import EngineRef
 
+FADE = 0.2  # of a new report in the share of prompt tokens that are computed
 REPORTS = 3  # what was sent may be missing in so many reports: in work, on its way, told late
+
+
+class QueueMeter:
+    """How much an engine's queue is worth telling others, who act on it for half a second."""
+
+    def __init__(self) -> None:
+        self._last = EngineStats()
+        self._share = 1.0  # of prompt tokens looked up in the cache that had to be computed
+
+    def read(self, stats: EngineStats) -> int:
+        """Tokens to compute of what waits now and waited last time.
+
+        A prompt that waits for the next step only is done when others hear of it.
+        """
+        last, self._last = self._last, stats
+        looked_up = stats.prefix_cache_queries - last.prefix_cache_queries
+        if looked_up > 0:
+            found = stats.prefix_cache_hits - last.prefix_cache_hits
+            self._share += FADE * (1 - found / looked_up - self._share)
+        return round(self._share * min(last.num_waiting_tokens, stats.num_waiting_tokens))
 
 
 @dataclass(slots=True)

@@ -226,8 +226,6 @@ async def test_while_the_own_engine_is_replaced_others_take_requests(world: Worl
 @world(has_own=False)
 async def test_a_model_without_replicas_is_woken(world: World) -> None:
     world.attached = ["x"]
-    with pytest.raises(EngineDeadError, match="no engine of this model"):
-        world.engines.open([request("early")])
     await world.engines.ready()
     world.engines.open([request("a")])
     await world.engines.ready()  # there is one: nobody is asked
@@ -256,6 +254,23 @@ async def test_its_sequences_wait_for_the_next_replica(world: World) -> None:
 
 
 @world(has_own=False)
+async def test_a_request_behind_the_last_engine_s_death_waits_too(world: World) -> None:
+    world.attached = ["x"]
+    await world.engines.ready()
+    world.engines.close(world.engines.open([request("a")]))
+    await world.settle()
+    world.joins["x"][0].die(DEATH)
+    await world.settle()
+    world.attached = ["y"]
+    world.engines.open([request("b")])
+    world.joins["x"][1].die(DEATH)  # it is still dead
+    await world.settle()
+    assert list(world.joins["y"][0].requests) == ["b"]
+    await world.tell(entry("y"))
+    assert len(world.engines._guests) == 1
+
+
+@world(has_own=False)
 async def test_replicas_of_another_model_share_its_requests(world: World) -> None:
     await world.tell(entry("x"), entry("y", running=12))
     for index in range(10):
@@ -275,6 +290,9 @@ async def test_an_engine_is_described_as_it_is(world: World) -> None:
     world.engines.own.stats = EngineStats(num_running=2, num_waiting_tokens=50)
     told = await world.engines.describe("tiny")
     assert (told.num_sequences, told.num_waiting_tokens) == (2, 40)  # what waited all the time
+    looked_up = {"prefix_cache_queries": 1000, "prefix_cache_hits": 1000}
+    world.engines.own.stats = EngineStats(num_waiting_tokens=50, **looked_up)
+    assert (await world.engines.describe("tiny")).num_waiting_tokens == 40  # less is to compute
     assert told.engine is not None
     assert world.own.consumer == OWNER
 

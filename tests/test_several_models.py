@@ -52,7 +52,9 @@ def url(base_url: str, tiny_checkpoint: Path, other_checkpoint: Path) -> Iterato
     (other,) = app._bound_deployment.init_args[2]
     scaled = other._bound_deployment.options(autoscaling_config=SCALING)
     first, specs, _ = app._bound_deployment.init_args
-    front = app._bound_deployment.options(_init_args=(first, specs, [Application(scaled)]))
+    front = app._bound_deployment.options(
+        num_replicas=2, _init_args=(first, specs, [Application(scaled)])
+    )
     serve.run(Application(front), name=APP, route_prefix=f"/{APP}")
     yield f"{base_url}/{APP}"
     serve.delete(APP)
@@ -95,6 +97,20 @@ def test_a_model_without_replicas_answers_from_its_own_weights(
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert ask(url, "org/other")["choices"] == answers[1]["choices"]
+
+
+def test_a_beginning_is_found_whichever_replica_a_request_reaches(url: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    found = [0]
+    while min(found) < 192:  # the first replica may not have heard of the second yet
+        assert time.monotonic() < deadline, found
+        fields = {"prompt": "a" * 200, "cache_salt": str(deadline - time.monotonic())}
+        ask(url, "first", max_tokens=1, **fields)
+        time.sleep(1.2)  # until it is told
+        with ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(ask, url, "first", max_tokens=1, **fields) for _ in range(8)]
+        usages = [each.result()["usage"] for each in asked]
+        found = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
 
 
 def replica_pid(deployment: str) -> int:
