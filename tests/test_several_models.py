@@ -1,7 +1,5 @@
 """Two models and two replicas behind one address, under Serve, with replicas killed in between."""
 
-import os
-import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,9 +9,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import ray
 from ray import serve
 from ray.serve import Application
-from ray.util.state import list_actors
+from ray.serve._private.common import DeploymentID, ReplicaID
+from ray.serve._private.constants import SERVE_NAMESPACE
 
 from serve_app.app import build_app
 from serve_app.app_args import AppArgs
@@ -113,14 +113,11 @@ def test_a_beginning_is_found_whichever_replica_a_request_reaches(url: str) -> N
         found = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
 
 
-def replica_pid(deployment: str) -> int:
-    (actor,) = [
-        each
-        for each in list_actors(filters=[("state", "=", "ALIVE")])
-        if f"{APP}#{deployment}#" in (each.name or "")
-    ]
-    assert actor.pid is not None
-    return actor.pid
+def kill_replica(deployment: str) -> None:
+    handle: Any = serve.get_deployment_handle(deployment, APP)
+    entry = handle.attach.remote().result(timeout_s=PATIENCE_S)
+    replica = ReplicaID(entry.replica_id, DeploymentID(deployment, APP))
+    ray.kill(ray.get_actor(replica.to_full_id_str(), SERVE_NAMESPACE))
 
 
 def test_streams_of_the_other_model_outlive_its_replica(url: str) -> None:
@@ -130,7 +127,7 @@ def test_streams_of_the_other_model_outlive_its_replica(url: str) -> None:
             pool.submit(ask, url, "org/other", seed=i, temperature=i % 2, cache_salt="again")
             for i in range(8)
         ]
-        os.kill(replica_pid("org-other"), signal.SIGKILL)
+        kill_replica("org-other")
         assert not all(each.done() for each in asking), "too late"
         assert [each.result()["choices"] for each in asking] == undisturbed
 
