@@ -16,6 +16,7 @@ from engine.errors import ConfigError
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
+Placement = Literal["node", "stages", "ranks"]
 GiB = 1024**3
 
 
@@ -32,6 +33,9 @@ class EngineConfig:
     dtype: DType = "auto"  # auto: what the checkpoint says (float16 becomes bfloat16 on CPU)
     device: Device = "auto"  # auto: cuda when there is one
     tp: int = 1  # ranks that share each layer
+    pp: int = 1  # stages of consecutive layers, each on tp ranks; as many batches in flight
+    # Under Ray. node: all ranks on one; stages: each stage on one; ranks: wherever there is room.
+    placement: Placement = "node"
     session_len: int | None = None  # None: the checkpoint's max_position_embeddings
     max_num_seqs: int = 256  # sequences running at once
     max_num_batched_tokens: int = 2048  # tokens one step computes at most
@@ -42,7 +46,7 @@ class EngineConfig:
     max_cpu_cache_bytes: int = 2 * GiB
     enable_prefix_caching: bool = True
     int8_activations: bool = False  # CPU: rows to int8, lm_head too; faster, not exact
-    num_threads: int | None = None  # CPU threads of each rank; None: cores / tp
+    num_threads: int | None = None  # CPU threads of each rank; None: cores / ranks of the node
     seed: int | None = None  # draws of requests without a seed; None: different at every start
     step_timeout_s: int = 120  # a step that takes longer counts as hung
     # CPU: directory of packed weights that all engines of a node map; auto: manta in
@@ -97,9 +101,17 @@ class EngineConfig:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def threads_per_rank(self) -> int:
-        """CPU threads of one rank: spinning pools that share a core ruin each other."""
-        return self.num_threads or max(1, len(os.sched_getaffinity(0)) // self.tp)
+    @property
+    def num_ranks(self) -> int:
+        return self.tp * self.pp
+
+    def threads_per_rank(self, num_neighbours: int | None = None) -> int:
+        """CPU threads of one rank: spinning pools that share a core ruin each other.
+
+        `num_neighbours`: ranks on this node, itself included; None: all.
+        """
+        cores = len(os.sched_getaffinity(0))
+        return self.num_threads or max(1, cores // (num_neighbours or self.num_ranks))
 
     def weights_cache_directory(self) -> Path | None:
         """Where this node's packed weights lie; None: nowhere."""
@@ -110,6 +122,7 @@ class EngineConfig:
 
 _POSITIVE = (
     "tp",
+    "pp",
     "session_len",
     "max_num_seqs",
     "max_num_batched_tokens",
@@ -124,6 +137,7 @@ _POSITIVE = (
 _CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("auto", "bfloat16", "float16", "float32"),
     "device": ("auto", "cpu", "cuda"),
+    "placement": ("node", "stages", "ranks"),
 }
 
 

@@ -1,8 +1,9 @@
 """The engine as Ray actors: one EngineActor per rank, and EngineGroup, its owner's handle.
 
 Rank 0 holds the RequestBatcher; ranks 1 and up follow it over the process group, so that a step
-costs no Ray call. The owner (a Serve replica) exchanges requests and outputs with rank 0 only,
-and keeps one parked call on every rank, which fails the moment that rank dies.
+costs no Ray call. The ranks may be on several nodes (engine/ray_placement.py). The owner (a Serve
+replica) exchanges requests and outputs with rank 0 only, and keeps one parked call on every rank,
+which fails the moment that rank dies.
 """
 
 import asyncio
@@ -10,20 +11,22 @@ import logging
 import os
 import socket
 import threading
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
-from ray.util.placement_group import get_current_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from engine.batcher import RequestBatcher
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.errors import EngineDeadError, MantaError
+from engine.errors import ConfigError, EngineDeadError, MantaError
 from engine.executor import EngineInfo
 from engine.outputs import EngineStats, SequenceOutput
+from engine.ray_placement import rank_options
+from engine.ray_weights import RayPeers
 from engine.sequence import EngineRequest
 
 if TYPE_CHECKING:
@@ -32,9 +35,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+START_TIMEOUT_S = 600  # for a rank's process: the node of its bundle may have to be replaced
+JOIN_TIMEOUT_S = 90  # more than torch's own, which knows less
 CHECK_TIMEOUT_S = 30  # takes about 1 ms, but Python code may keep a process busy
 
 Actor: TypeAlias = "ActorHandle[EngineActor]"
+
+
+@dataclass(frozen=True, slots=True)
+class RankInfo:
+    """What a rank knows once its process runs."""
+
+    node: str
+    device: str
+    address: str  # host:port where rank 0 listens; empty for the others
 
 
 class EngineActor:
@@ -43,20 +57,23 @@ class EngineActor:
     def __init__(self, config: EngineConfig, rank: int) -> None:
         self._config = config
         self._rank = rank
+        self._group: ParallelGroup | None = None  # None: this rank is the only one
+        self._listener: socket.socket | None = None
         self._batcher: RequestBatcher | None = None
         self._has_output = asyncio.Event()
 
-    async def address(self) -> str:
-        """A host:port of this rank's node on which the group can meet."""
-        host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            return f"{host}:{probe.getsockname()[1]}"
+    async def prepare(self) -> RankInfo:
+        """Import what takes long, and find this rank's device and, for rank 0, its address."""
+        return await asyncio.get_running_loop().run_in_executor(None, self._prepare)
 
-    async def start(self, address: str) -> EngineInfo | None:
-        """Meet the other ranks, load the weights, start the loop. Rank 0 returns the info."""
+    async def join(self, address: str, num_neighbours: int) -> None:
+        """Meet the other ranks; `num_neighbours` of them, this one included, share its node."""
+        await asyncio.get_running_loop().run_in_executor(None, self._join, address, num_neighbours)
+
+    async def start(self) -> EngineInfo | None:
+        """Load the weights, start the loop. Rank 0 returns the info."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(None, self._start, address, loop)
+        return await loop.run_in_executor(None, self._start, loop)
 
     async def submit(self, requests: list[EngineRequest], admitted: bool = False) -> None:
         self._running().submit(requests, admitted=admitted)
@@ -81,20 +98,45 @@ class EngineActor:
         assert self._batcher is not None, "start() comes first, on rank 0"
         return self._batcher
 
-    def _start(self, address: str, loop: asyncio.AbstractEventLoop) -> EngineInfo | None:
+    def _prepare(self) -> RankInfo:
         # Not at the top: the owner imports this module too, and torch costs it 1.5 s.
-        from engine.local_executor import LocalExecutor
+        from engine.parallel import listen
+        from engine.worker import resolve_device
+
+        context = ray.get_runtime_context()
+        address = ""
+        if self._rank == 0:
+            # Kept open until the ranks meet: nobody else can take the port.
+            self._listener = listen(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+            host, port = self._listener.getsockname()[:2]
+            address = f"{host}:{port}"
+        return RankInfo(context.get_node_id(), resolve_device(self._config.device), address)
+
+    def _join(self, address: str, num_neighbours: int) -> None:
         from engine.parallel import ParallelGroup
-        from engine.worker import Worker, resolve_device
+        from engine.worker import resolve_device
 
         config = self._config
+        self._config = replace(config, num_threads=config.threads_per_rank(num_neighbours))
         device = resolve_device(config.device)
-        group = ParallelGroup.join(self._rank, config.tp, address, device)
+        self._group = ParallelGroup.join(
+            self._rank, config.tp, address, device, pp=config.pp, listener=self._listener
+        )
+
+    def _start(self, loop: asyncio.AbstractEventLoop) -> EngineInfo | None:
+        from engine.local_executor import LocalExecutor
+        from engine.parallel import ParallelGroup
+        from engine.pipeline import PipelineExecutor
+        from engine.worker import Worker
+
+        config, group = self._config, self._group or ParallelGroup()
+        peers = RayPeers.of(config)
         if self._rank > 0:
-            worker = Worker(config, group)
-            threading.Thread(target=_follow, args=(worker, group), daemon=True).start()
+            worker = Worker(config, group, peers)
+            threading.Thread(target=_follow, args=(config, worker, group), daemon=True).start()
             return None
-        engine = Engine(config, LocalExecutor(config, group))
+        make = LocalExecutor if config.pp == 1 else PipelineExecutor
+        engine = Engine(config, make(config, group, peers))
         self._batcher = RequestBatcher(
             engine,
             max_waiting_requests=config.max_waiting_requests,
@@ -117,15 +159,31 @@ class EngineGroup:
     async def start(cls, config: EngineConfig) -> "EngineGroup":
         """Create the actors and load the model.
 
-        In a placement group the caller sits in bundle 0 and rank r takes all of bundle r + 1.
+        In a placement group the caller sits in bundle 0 and the ranks take equal parts of all
+        others, always the same while those stay where they are.
         Raises the first rank's error (ConfigError, CheckpointError, …) with all actors gone.
         """
-        actors = [_create(config, rank) for rank in range(config.tp)]
+        actors = await _create(config)
         try:
-            address = await _reply(actors[0].address.remote())
-            infos = await asyncio.gather(
-                *[_reply(actor.start.remote(address), rank) for rank, actor in enumerate(actors)]
+            ranks = await _all(
+                [actor.prepare.remote() for actor in actors],
+                START_TIMEOUT_S,
+                TimeoutError("did not start; its node may be gone, or out of memory"),
             )
+            _check_devices(ranks)
+            neighbours = Counter(rank.node for rank in ranks)
+            await _all(
+                [
+                    actor.join.remote(ranks[0].address, neighbours[rank.node])
+                    for actor, rank in zip(actors, ranks, strict=True)
+                ],
+                JOIN_TIMEOUT_S,
+                EngineDeadError(
+                    f"did not meet the others, who wait at {ranks[0].address}; do the nodes reach "
+                    "each other's ports? GLOO_SOCKET_IFNAME names the network interface to use"
+                ),
+            )
+            infos = await _all([actor.start.remote() for actor in actors])
         except BaseException:
             _kill(actors)
             raise
@@ -172,24 +230,30 @@ class EngineGroup:
         _kill(self._actors)
 
 
-def _create(config: EngineConfig, rank: int) -> Actor:
-    options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 0}
-    placement = get_current_placement_group()
-    if placement is not None:
-        bundle = placement.bundle_specs[rank + 1]
-        options = {
-            "num_cpus": bundle.get("CPU", 0),
-            "num_gpus": bundle.get("GPU", 0),
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                placement, placement_group_bundle_index=rank + 1
-            ),
-        }
-    elif config.device != "cpu":
-        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        options["num_gpus"] = int(resources.get("GPU", 0) >= config.tp)
+async def _create(config: EngineConfig) -> list[Actor]:
     actor: Any = ray.remote(EngineActor)
-    handle: Actor = actor.options(**options).remote(config, rank)
-    return handle
+    options = await rank_options(config)
+    return [actor.options(**each).remote(config, rank) for rank, each in enumerate(options)]
+
+
+def _check_devices(ranks: list[RankInfo]) -> None:
+    if len({rank.device for rank in ranks}) > 1:
+        found = ", ".join(f"rank {number}: {rank.device}" for number, rank in enumerate(ranks))
+        raise ConfigError(f"the ranks have different devices ({found}); set device: cpu or cuda")
+
+
+async def _all(
+    refs: list[Any], timeout_s: float | None = None, late: Exception | None = None
+) -> list[Any]:
+    """Every rank's reply, or the first error; `late`, with the ranks' numbers, when it is time."""
+    calls = [asyncio.ensure_future(_reply(ref, rank)) for rank, ref in enumerate(refs)]
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await asyncio.gather(*calls)
+    except TimeoutError as error:
+        assert late is not None
+        names = ", ".join(str(rank) for rank, call in enumerate(calls) if call.cancelled())
+        raise type(late)(f"engine rank {names} {late} (waited {timeout_s:g} s)") from error
 
 
 async def _reply(ref: Any, rank: int = 0) -> Any:
@@ -229,14 +293,18 @@ def _kill(actors: list[Actor]) -> None:
         ray.kill(actor)
 
 
-def _follow(worker: "Worker", group: "ParallelGroup") -> None:
+def _follow(config: EngineConfig, worker: "Worker", group: "ParallelGroup") -> None:
     """Compute what rank 0 sends; a fault ends the process, which the owner's parked call sees."""
     from engine.local_executor import follow
+    from engine.pipeline import follow_stage
 
     try:
-        follow(worker, group)
+        if config.pp == 1:
+            follow(worker, group)
+        else:
+            follow_stage(config, worker, group)
     except Exception:
-        logger.exception("rank %d failed", group.rank)
+        logger.exception("rank %d failed", group.global_rank)
         os._exit(1)
 
 

@@ -6,7 +6,10 @@ token. Chunked prefill, prefix hits, recompute after preemption and resumed stre
 same subtraction (`num_uncomputed_tokens`). Sole owner of every Sequence; knows no tensors.
 
 `schedule` may run again before `update` of the previous step: sampled tokens whose values are
-not known here yet are counted as `num_pending_tokens`.
+not known here yet are counted as `num_pending_tokens`. With `num_stages` > 1 that is the rule:
+as many steps are in flight, and only a step's last stage knows what it sampled. A sequence then
+waits for its token, and each step takes its share of the running sequences, so that those in
+flight are about equal.
 """
 
 import secrets
@@ -59,11 +62,13 @@ class Scheduler:
         max_num_batched_tokens: int,
         session_len: int,
         seed: int | None = None,
+        num_stages: int = 1,
     ) -> None:
         self.block_manager = block_manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.session_len = session_len
+        self.num_stages = num_stages
         self.waiting: deque[Sequence] = deque()
         self.num_waiting_tokens = 0
         self.running: list[Sequence] = []
@@ -126,7 +131,7 @@ class Scheduler:
         """Hand out the token budget. The batch is empty when nothing can be computed now."""
         batch = ScheduledBatch()
         budget = self.max_num_batched_tokens
-        decodes = [seq for seq in self.running if seq.num_uncomputed_tokens == 1]
+        decodes = self._ready_decodes()
         chunks = [seq for seq in self.running if seq.num_uncomputed_tokens > 1]
         num_running = len(self.running)
         for seq in (*decodes, *chunks):
@@ -135,7 +140,8 @@ class Scheduler:
             budget -= self._schedule_running(seq, batch, budget)
         if len(self.running) == num_running:  # nobody was preempted: there is room for more
             self._schedule_waiting(batch, budget)
-        self._launch(batch)
+        if batch.seqs:
+            self._launch(batch)
         return batch
 
     def update(self, batch: ScheduledBatch, result: StepResult) -> list[SequenceOutput]:
@@ -144,6 +150,8 @@ class Scheduler:
         for row, prompt_logprobs in result.prompt_logprobs:
             batch.seqs[row].prompt_logprobs.extend(prompt_logprobs)
         logprobs = result.logprobs or [None] * len(batch.sampled)
+        for seq in batch.seqs:
+            seq.num_steps_in_flight -= 1
         invalid = {batch.sampled[index] for index in result.invalid}
         for row, token_id, entry in zip(
             batch.sampled, result.token_ids.tolist(), logprobs, strict=True
@@ -170,6 +178,7 @@ class Scheduler:
             num_running=len(self.running),
             num_waiting=len(self.waiting),
             num_waiting_tokens=self.num_waiting_tokens,
+            oldest_waiting_s=self._oldest_waiting_s,
             kv_cache_usage=1.0 - blocks.num_free_blocks / blocks.num_blocks,
             **self._counters,
         )
@@ -188,6 +197,14 @@ class Scheduler:
             assert seq.row == -1
 
     # -- helpers, in call order -------------------------------------------------------------
+
+    def _ready_decodes(self) -> list[Sequence]:
+        """Running sequences that need one token, at most a stage's share of them."""
+        decodes = [seq for seq in self.running if seq.num_uncomputed_tokens == 1]
+        if self.num_stages == 1:
+            return decodes
+        share = -(-len(self.running) // self.num_stages)
+        return [seq for seq in decodes if not seq.num_pending_tokens][:share]
 
     def _schedule_running(self, seq: Sequence, batch: ScheduledBatch, budget: int) -> int:
         """Give `seq` its tokens; returns the budget used (negative: preemption gave some back)."""
@@ -209,7 +226,7 @@ class Scheduler:
     def _schedule_waiting(self, batch: ScheduledBatch, budget: int) -> None:
         while self.waiting and budget > 0 and self._free_rows:
             seq = self.waiting[0]
-            if seq.num_pending_tokens:  # preempted with its last token still on the device
+            if seq.num_steps_in_flight:  # preempted while a step computes its tokens
                 break
             block_ids = self.block_manager.find_prefix(seq)
             num_cached = len(block_ids) * self.block_manager.block_size
@@ -227,6 +244,13 @@ class Scheduler:
             budget -= num_new
 
     @property
+    def _oldest_waiting_s(self) -> float:
+        """Those at the front may be preempted ones, whose clients have tokens already."""
+        now = time.monotonic()
+        waits = (now - s.request.arrival_time for s in self.waiting if s.num_output_tokens == 0)
+        return next(waits, 0.0)
+
+    @property
     def _reserve(self) -> int:
         """Free blocks kept for what runs already, so that admission does not cause preemption."""
         return min(len(self.running), self.block_manager.num_blocks // 16)
@@ -241,8 +265,9 @@ class Scheduler:
         self._counters["prefix_cache_queries"] += seq.num_tokens
         self._counters["prefix_cache_hits"] += seq.num_computed_tokens
         if seq.first_scheduled_time is None:
-            seq.first_scheduled_time = time.time()
+            seq.first_scheduled_time = time.monotonic()
             seq.num_cached_tokens = min(seq.num_computed_tokens, seq.num_prompt_tokens)
+            self._counters["num_admitted"] += 1
             self._counters["num_prompt_tokens"] += seq.num_prompt_tokens
 
     def _extend(self, seq: Sequence, num_blocks: int) -> None:
@@ -260,6 +285,7 @@ class Scheduler:
         batch.num_decodes = batch.num_new_tokens.count(1)
         for row, (seq, num_new) in enumerate(zip(batch.seqs, batch.num_new_tokens, strict=True)):
             seq.num_computed_tokens += num_new
+            seq.num_steps_in_flight += 1
             if seq.num_computed_tokens == seq.num_tokens:
                 seq.num_pending_tokens += 1
                 batch.sampled.append(row)
@@ -277,6 +303,8 @@ class Scheduler:
             output.logprobs = [logprobs]
         if num_output == 1:
             self._describe_first(seq, output)
+        if num_output == len(seq.request.output_token_ids) + 1:
+            self._time_first(seq, output)
         if token_id in seq.stop_token_ids and num_output >= seq.params.min_tokens:
             output.finish_reason = "stop"
             output.stop_token_id = token_id
@@ -287,11 +315,15 @@ class Scheduler:
     @staticmethod
     def _describe_first(seq: Sequence, output: SequenceOutput) -> None:
         """What a sequence reports once, with its first token, however often it is resumed."""
-        assert seq.first_scheduled_time is not None
         output.num_cached_tokens = seq.num_cached_tokens
-        output.queue_time = max(0.0, seq.first_scheduled_time - seq.request.arrival_time)
         if seq.params.prompt_logprobs is not None:
             output.prompt_logprobs = [None, *seq.prompt_logprobs]
+
+    @staticmethod
+    def _time_first(seq: Sequence, output: SequenceOutput) -> None:
+        assert seq.first_scheduled_time is not None
+        output.queue_time = seq.first_scheduled_time - seq.request.arrival_time
+        output.prefill_time = time.monotonic() - seq.first_scheduled_time
 
     def _preempt(self, seq: Sequence) -> None:
         """Give back everything of a running sequence; it will be recomputed from its tokens."""
@@ -330,6 +362,7 @@ def _no_token(seq: Sequence) -> SequenceOutput:
 
 
 _COUNTERS = (
+    "num_admitted",
     "num_preemptions",
     "prefix_cache_queries",
     "prefix_cache_hits",

@@ -18,7 +18,9 @@ class EngineRequest:
     `output_token_ids` is not empty when a stream is resumed: those tokens count as generated
     already (penalties, draw positions, max_tokens) and what comes with the first token as
     reported. `eos_token_ids` come from the text layer; the engine reads no tokenizer.
-    `cache_salt` separates prefix caches.
+    `cache_salt` separates prefix caches. `waited_s` is how long it waited before it came to this
+    engine, for one that died or had to start. `arrival_time` is on the monotonic clock of the
+    process that steps the engine (RequestBatcher sets it): clocks of two nodes may differ.
     """
 
     request_id: str
@@ -28,7 +30,8 @@ class EngineRequest:
     seed: int | None = None  # in place of params.seed: where n completions of a prompt differ
     output_token_ids: list[int] = field(default_factory=list)
     cache_salt: str | None = None
-    arrival_time: float = field(default_factory=time.time)
+    waited_s: float = 0.0
+    arrival_time: float = field(default_factory=time.monotonic)
 
 
 class Status(Enum):
@@ -57,6 +60,7 @@ class Sequence:
     row: int = -1  # index in the worker's request table while running
     num_computed_tokens: int = 0
     num_pending_tokens: int = 0  # sampled on the device, value not yet known here (0 or 1)
+    num_steps_in_flight: int = 0  # launched steps that compute some of its tokens
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
     num_preemptions: int = 0
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, kept for good

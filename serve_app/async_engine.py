@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from engine.batcher import queue_full
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, MantaError
-from engine.outputs import SequenceOutput
+from engine.outputs import EngineStats, SequenceOutput
 from engine.sequence import EngineRequest
 from serve_app.metrics import Metrics
 from serve_app.open_request import OpenRequest, OpenSequence
@@ -138,6 +138,7 @@ class AsyncEngine:
 
     def _connect(self, group: "EngineGroup") -> None:
         self.info, self._group = group.info, group
+        self.stats = EngineStats()  # as of the last poll
         self._death: asyncio.Future[EngineDeadError] = self._loop.create_future()
         self._start(self._poll(group))
         self._start(self._watch(group))
@@ -214,6 +215,7 @@ class AsyncEngine:
             outputs, stats = await group.poll()
             for output in outputs:
                 self._dispatch(output)
+            self.stats = stats
             self._metrics.record_stats(stats)
 
     def _dispatch(self, output: SequenceOutput) -> None:

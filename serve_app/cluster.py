@@ -12,6 +12,7 @@ from ray._common.utils import get_default_ray_temp_dir
 
 from engine.errors import ConfigError, MantaError
 from serve_app.launch_plan import LaunchPlan
+from serve_app.placement import Placement, with_device
 
 
 class LaunchError(MantaError):
@@ -39,6 +40,8 @@ def start(plan: LaunchPlan, *, dashboard: bool, verbose: bool) -> str | None:
             f"Ray did not start: {error} (on a busy machine try again; its logs are in {logs()})"
         ) from error
     _check_gpus(plan)
+    if (reason := obstacle(plan)) is not None:
+        raise ConfigError(f"this machine cannot hold the engine: {reason}")
     if not dashboard:
         return None
     mode = "RAY_AUTH_MODE=token " if os.environ["RAY_AUTH_MODE"] == "token" else ""
@@ -52,6 +55,14 @@ def logs() -> str:
     return f"{directory}/session_latest/logs"
 
 
+def obstacle(plan: LaunchPlan) -> str | None:
+    """Why the cluster, as it is now, can never hold a replica; None: it can."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    resources = [node["Resources"] for node in nodes if node["Alive"]]
+    num_gpus = sum(each.get("GPU", 0) for each in resources)
+    return Placement.of(with_device(plan.engine, num_gpus), plan.app_args).obstacle(resources)
+
+
 def _options(verbose: bool) -> dict[str, Any]:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     return {"namespace": "serve", "log_to_driver": verbose, "logging_level": logging.ERROR}
@@ -62,7 +73,8 @@ def _check_gpus(plan: LaunchPlan) -> None:
     num_gpus = int(resources.get("GPU", 0))
     if plan.engine.device == "cuda" and num_gpus < plan.num_ranks:
         raise ConfigError(
-            f"{plan.num_replicas} replicas of tp {plan.engine.tp} need {plan.num_ranks} GPUs and "
-            f"this machine has {num_gpus}; lower --tp or --num-replicas, use --device cpu, or set "
-            "RAY_ADDRESS to a cluster that has them"
+            f"{plan.num_replicas} replicas of tp {plan.engine.tp} and pp {plan.engine.pp} need "
+            f"{plan.num_ranks} GPUs and this machine has {num_gpus}; lower --tp, --pp or "
+            "the number of replicas, use --device cpu, or set RAY_ADDRESS to a cluster that has "
+            "them"
         )

@@ -6,6 +6,7 @@ whichever way the request ends. Knows no protocol: chats and completions differ 
 """
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
@@ -15,6 +16,7 @@ from engine.outputs import SequenceOutput, TokenLogprobs
 from engine.sampling_params import SamplingParams
 from engine.sequence import EngineRequest
 from serve_app.metrics import SequenceTimer
+from serve_app.request_times import RequestTimes
 from serve_app.served_model import ServedModel
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ class Generation:
         params: SamplingParams,
         *,
         request_id: str,
+        received: float,
         cache_salt: str | None = None,
         user: str | None = None,
         events: "EventIds | None" = None,
@@ -79,6 +82,7 @@ class Generation:
             params = replace(params, seed=events.seed)
         self.events = events
         self.request_id = request_id
+        self.times = RequestTimes(received)
         self.prompts = prompts
         self.n = params.n
         self.num_choices = len(prompts) * params.n
@@ -99,10 +103,14 @@ class Generation:
         self._num_open = self.num_choices
 
     def __enter__(self) -> "Generation":
+        self.times.submitted = time.perf_counter()
+        self._model.metrics.framework.observe(self.times.framework)
+        self._model.metrics.record_seconds("framework", self.times.framework)
         self._open = self._model.engine.open(self._requests)
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.times.ended = time.perf_counter()
         self._model.engine.close(self._open)
         for choice in self._choices:
             choice.end("abort")  # those that have ended already say so
@@ -158,6 +166,8 @@ class Generation:
         )
 
     def _advance(self, index: int, output: SequenceOutput) -> Delta:
+        if self.times.first is None:
+            self.times.on_first(output)
         choice = self._choices[index]
         delta = choice.advance(index, output)
         if delta.finish_reason is not None:
@@ -186,7 +196,7 @@ class _Choice:
         self._timer = SequenceTimer(model.metrics, len(request.prompt_token_ids))
 
     def advance(self, index: int, output: SequenceOutput) -> Delta:
-        self._timer.on_output(output.queue_time)
+        self._timer.on_output(output)
         self.num_cached_tokens += output.num_cached_tokens  # not zero in the first output only
         added = self._stream.push(output)
         self.num_tokens += len(added.token_ids)

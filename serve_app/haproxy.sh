@@ -29,6 +29,10 @@ for argument in "$@"; do
         sed -i -e 's/^\( *bind \)\**:\([0-9]\)/\1127.0.0.1:\2/' \
             -e 's/^\( *option \)splice-request$/\1http-buffer-request/' \
             -e "s|^\( *errorfile 50[234] \).*|\1$unavailable|" "$argument" || exit 1
+        if grep -Eq '^ *bind +\*?:[0-9]' "$argument"; then
+            echo "$0: $argument still binds a port of every interface" >&2
+            exit 1
+        fi
         if ! grep -q '^ *use_backend ' "$argument"; then
             sed -i "s|\( *http-request return status \)404 .*|\1503 errorfile $unavailable|" \
                 "$argument" || exit 1
@@ -36,7 +40,7 @@ for argument in "$@"; do
         for path in $(grep -alsF -- "$argument" /proc/[0-9]*/cmdline); do
             pid=${path#/proc/}
             pid=${pid%/cmdline}
-            [ "$pid" = $$ ] || orphans="$orphans $pid"
+            [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = haproxy ] && orphans="$orphans $pid"
         done
     fi
     [ "$argument" = -sf ] && reload=yes

@@ -5,6 +5,7 @@ Knows no model and no request. Import it after the environment is set, as cluste
 
 import contextlib
 import signal
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -58,6 +59,8 @@ def run(
                 if address is not None:
                     ends.callback(serve_instance.delete, plan)
                 progress.say("loading the model")
+                if (reason := cluster.obstacle(plan)) is not None:
+                    print(f"manta: waiting for the cluster to grow: {reason}", file=sys.stderr)
                 url = _url(plan, address)
                 _wait(plan, url, proxies, address is not None, progress.say)
             ends.callback(serve_instance.drain, plan)

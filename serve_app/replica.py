@@ -7,6 +7,8 @@ The replica is its own ingress, so tokens cross no DeploymentHandle (8 µs per t
 import asyncio
 import gc
 import time
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
@@ -14,6 +16,7 @@ from ray import serve
 
 from engine.config import EngineConfig
 from serve_app.async_engine import AsyncEngine
+from serve_app.autoscaling_stats import LoadMeter
 from serve_app.draining import end_before_kill
 from serve_app.http_app import create_http_app
 from serve_app.metrics import Metrics
@@ -47,7 +50,7 @@ class LLMReplica:
 
         starting = asyncio.ensure_future(EngineGroup.start(config))
         try:
-            tokenizer = await asyncio.to_thread(_load_tokenizer, config.model)
+            tokenizer = await asyncio.to_thread(_load_tokenizer, config)
         except BaseException:
             starting.cancel()
             await asyncio.wait([starting])  # until its actors are gone
@@ -63,6 +66,7 @@ class LLMReplica:
             limits=limits,
             config=config,
         )
+        self._meter = LoadMeter(config.max_num_seqs)
         self._ending = asyncio.ensure_future(end_before_kill(self._model.engine))
         _calm_garbage_collector()
 
@@ -72,6 +76,11 @@ class LLMReplica:
     async def check_health(self) -> None:
         """Raises when the engine is gone for good; Serve then replaces the replica."""
         await self._model.engine.check()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What QueueDepthPolicy counts. Serve asks where there is an autoscaling_config."""
+        engine = self._model.engine
+        return asdict(self._meter.read(engine.stats, engine.num_open, time.time()))
 
     async def drain(self, patience_s: float) -> None:
         """The server stops: open requests may end for so long, the rest ends with an error."""
@@ -94,7 +103,9 @@ def _calm_garbage_collector() -> None:
     gc.set_threshold(50_000, 20, 20)
 
 
-def _load_tokenizer(path: str) -> "Tokenizer":
+def _load_tokenizer(config: EngineConfig) -> "Tokenizer":
+    from engine.ray_weights import RayPeers
     from engine.tokenizer import Tokenizer
 
-    return Tokenizer.load(path)
+    checkpoint, peers = Path(config.model), RayPeers.of(config)
+    return Tokenizer.load(checkpoint if peers is None else peers.origin(checkpoint).settings)

@@ -28,7 +28,7 @@ async def collect(actor: EngineActor, name: str) -> SequenceOutput:
 def test_one_rank_serves_aborts_and_refuses() -> None:
     async def run() -> None:
         actor = EngineActor(config(), 0)
-        info = await actor.start("not used by one rank")
+        info = await actor.start()
         assert isinstance(info, EngineInfo)
         assert (info.tp, info.block_size, info.num_blocks, info.dtype) == (1, 4, 200, "float32")
         await actor.submit([request("a", prompts()[3])])
@@ -55,7 +55,7 @@ def test_one_rank_serves_aborts_and_refuses() -> None:
 def test_a_failed_step_is_told_to_who_polls_and_who_asks() -> None:
     async def run() -> None:
         actor = EngineActor(config(), 0)
-        await actor.start("not used by one rank")
+        await actor.start()
         batcher = actor._running()
         del batcher._engine.executor  # the loop's next step finds nothing to compute with
         await actor.submit([request("a", prompts()[3])])
@@ -70,7 +70,7 @@ def test_a_failed_step_is_told_to_who_polls_and_who_asks() -> None:
 def test_what_cannot_be_loaded_fails_the_start(tmp_path: Path) -> None:
     actor = EngineActor(EngineConfig(model=str(tmp_path), device="cpu"), 0)
     with pytest.raises(CheckpointError):
-        asyncio.run(actor.start("not used by one rank"))
+        asyncio.run(actor.start())
 
 
 def test_a_parked_call_waits_for_ever() -> None:
@@ -89,7 +89,7 @@ def test_the_loop_s_thread_is_one_of_ours() -> None:
 
     async def run() -> None:
         actor = EngineActor(config(), 0)
-        await actor.start("not used by one rank")
+        await actor.start()
         started = [thread for thread in threading.enumerate() if thread.name == "engine-loop"]
         assert all(thread.daemon for thread in set(started) - before)
         actor._running().stop()

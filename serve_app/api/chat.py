@@ -30,18 +30,19 @@ async def create_chat_completion(request: Request) -> Response:
     """An answer to a conversation, whole or (with stream) as server-sent events."""
     model = served_model(request)
     body = await read_body(request, ChatCompletionRequest)
-    generation = await _generation(model, body, request.headers.get(HEADER))
+    generation = await _generation(model, body, request)
     if body.stream:
         return EventStream(generation, ChatChunks(model, generation, body))
     answers = await generation.run()
     completion = await model.run(
         lambda: _completion(model, body, generation, answers), num_scores(answers)
     )
-    return Response(completion, media_type="application/json")
+    headers = {"Server-Timing": generation.times.server_timing()}
+    return Response(completion, headers=headers, media_type="application/json")
 
 
 async def _generation(
-    model: ServedModel, body: ChatCompletionRequest, last_event_id: str | None
+    model: ServedModel, body: ChatCompletionRequest, request: Request
 ) -> Generation:
     """The request as sequences; everything that is wrong with it is raised here."""
     model.check_name(body.model)
@@ -69,9 +70,10 @@ async def _generation(
         [prompt],
         params,
         request_id=f"chatcmpl-{uuid.uuid4().hex}",
+        received=request.state.received,
         cache_salt=body.cache_salt,
         user=body.user,
-        events=event_ids(model, body, last_event_id, params, params.n),
+        events=event_ids(model, body, request.headers.get(HEADER), params, params.n),
     )
 
 

@@ -36,7 +36,7 @@ async def create_completion(request: Request) -> Response:
     """Continuations of one or more prompts, whole or (with stream) as server-sent events."""
     model = served_model(request)
     body = await read_body(request, CompletionRequest)
-    generation, echoes = await _generation(model, body, request.headers.get(HEADER))
+    generation, echoes = await _generation(model, body, request)
     texts = _Texts(model, body, generation, echoes)
     if body.stream:
         return EventStream(generation, CompletionChunks(generation, body, texts))
@@ -44,7 +44,8 @@ async def create_completion(request: Request) -> Response:
     completion = await model.run(
         lambda: _completion(model, body, generation, texts, answers), num_scores(answers)
     )
-    return Response(completion, media_type="application/json")
+    headers = {"Server-Timing": generation.times.server_timing()}
+    return Response(completion, headers=headers, media_type="application/json")
 
 
 def _completion(
@@ -64,7 +65,7 @@ def _completion(
 
 
 async def _generation(
-    model: ServedModel, body: CompletionRequest, last_event_id: str | None
+    model: ServedModel, body: CompletionRequest, request: Request
 ) -> tuple[Generation, list[str]]:
     """The request as sequences, and what echo puts before each prompt's choices."""
     model.check_name(body.model)
@@ -86,9 +87,10 @@ async def _generation(
         token_ids,
         params,
         request_id=f"cmpl-{uuid.uuid4().hex}",
+        received=request.state.received,
         cache_salt=body.cache_salt,
         user=body.user,
-        events=event_ids(model, body, last_event_id, params, len(prompts) * params.n),
+        events=event_ids(model, body, request.headers.get(HEADER), params, len(prompts) * params.n),
     )
     return generation, echoes
 

@@ -76,7 +76,9 @@ class EventStream(Response):
             body = self._opening() + self._chunks(deltas)
             while self._events is not None and self._events.replays:
                 body += self._chunks(await generation.next())
-            await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+            timing = (b"server-timing", generation.times.server_timing().encode())
+            headers = [*HEADERS, timing]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
             await _send(send, body)
             try:
                 while deltas := await generation.next():
