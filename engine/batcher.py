@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from engine.engine import Engine
 from engine.errors import EngineDeadError, InvalidRequestError, QueueFullError
@@ -52,11 +53,13 @@ class RequestBatcher:
 
         `admitted` requests always fit: another engine had taken them in, and died.
         """
+        now = time.monotonic()
         with self._changed:
             for request in requests:
                 error = None if admitted else self._admission_error(request)
                 if error is None:
-                    self._inbox.append(request)
+                    arrived = now - request.waited_s
+                    self._inbox.append(replace(request, arrival_time=arrived))
                     self._inbox_tokens += len(request.prompt_token_ids)
                 else:
                     self._report_error(request.request_id, error)

@@ -9,13 +9,19 @@ from engine.batch import Batch, Sampling
 from engine.config import EngineConfig
 from engine.outputs import StepResult
 from engine.parallel import ParallelGroup
+from engine.weights.peers import Peers
 from engine.worker import Worker
 
 
 class LocalExecutor:
-    def __init__(self, config: EngineConfig, group: ParallelGroup | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        group: ParallelGroup | None = None,
+        peers: Peers | None = None,
+    ) -> None:
         self._group = group or ParallelGroup()
-        self._worker = Worker(config, self._group)
+        self._worker = Worker(config, self._group, peers)
         self._result: StepResult | None = None
         self.info = self._worker.info
 

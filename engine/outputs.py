@@ -35,7 +35,10 @@ class SequenceOutput:
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the eos or stop_token_ids entry that ended it
     num_cached_tokens: int = 0
-    queue_time: float = 0.0  # seconds from arrival to first scheduling
+    # Seconds, with the first token that this engine computed: from arrival to first scheduling
+    # (with what it waited elsewhere), and from there to this token.
+    queue_time: float = 0.0
+    prefill_time: float = 0.0
     error: Exception | None = None
 
     def merge(self, later: "SequenceOutput") -> None:
@@ -57,6 +60,8 @@ class EngineStats:
     num_running: int = 0
     num_waiting: int = 0
     num_waiting_tokens: int = 0
+    oldest_waiting_s: float = 0.0  # how long the first has waited that has no token yet
+    num_admitted: int = 0  # sequences scheduled for the first time
     kv_cache_usage: float = 0.0  # share of blocks referenced, 0 to 1
     num_preemptions: int = 0
     prefix_cache_queries: int = 0  # tokens looked up

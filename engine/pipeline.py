@@ -22,16 +22,19 @@ from engine.config import EngineConfig
 from engine.local_executor import STOP
 from engine.outputs import StepResult
 from engine.parallel import ParallelGroup
+from engine.weights.peers import Peers
 from engine.worker import Worker
 
 
 class PipelineExecutor:
     """Rank 0 of the first stage: computes it in `launch`, and hears from the last in `collect`."""
 
-    def __init__(self, config: EngineConfig, group: ParallelGroup) -> None:
+    def __init__(
+        self, config: EngineConfig, group: ParallelGroup, peers: Peers | None = None
+    ) -> None:
         assert group.num_stages > 1
         self._group = group
-        self._worker = Worker(config, group)
+        self._worker = Worker(config, group, peers)
         self._links = StageLinks(group, self._worker, config.max_num_batched_tokens)
         self.info = self._worker.info
 

@@ -26,6 +26,7 @@ from engine.errors import ConfigError, EngineDeadError, MantaError
 from engine.executor import EngineInfo
 from engine.outputs import EngineStats, SequenceOutput
 from engine.ray_placement import rank_options
+from engine.ray_weights import RayPeers
 from engine.sequence import EngineRequest
 
 if TYPE_CHECKING:
@@ -129,12 +130,13 @@ class EngineActor:
         from engine.worker import Worker
 
         config, group = self._config, self._group or ParallelGroup()
+        peers = RayPeers.of(config)
         if self._rank > 0:
-            worker = Worker(config, group)
+            worker = Worker(config, group, peers)
             threading.Thread(target=_follow, args=(config, worker, group), daemon=True).start()
             return None
         make = LocalExecutor if config.pp == 1 else PipelineExecutor
-        engine = Engine(config, make(config, group))
+        engine = Engine(config, make(config, group, peers))
         self._batcher = RequestBatcher(
             engine,
             max_waiting_requests=config.max_waiting_requests,

@@ -118,8 +118,15 @@ def _check_number(
     if not (is_number and low <= value <= high):
         noun = "an integer" if kind is int else "a number"
         raise InvalidRequestError(
-            f"{label or name} must be {noun} between {low} and {high}, got {value!r}", name
+            f"{label or name} must be {noun} between {low} and {high}, got {_shown(value)}", name
         )
+
+
+def _shown(value: Any) -> str:
+    """An integer of a request may have thousands of digits, which Python refuses to print."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value)
 
 
 def _check_stop(stop: Sequence[str]) -> None:

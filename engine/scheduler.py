@@ -178,6 +178,7 @@ class Scheduler:
             num_running=len(self.running),
             num_waiting=len(self.waiting),
             num_waiting_tokens=self.num_waiting_tokens,
+            oldest_waiting_s=self._oldest_waiting_s,
             kv_cache_usage=1.0 - blocks.num_free_blocks / blocks.num_blocks,
             **self._counters,
         )
@@ -243,6 +244,13 @@ class Scheduler:
             budget -= num_new
 
     @property
+    def _oldest_waiting_s(self) -> float:
+        """Those at the front may be preempted ones, whose clients have tokens already."""
+        now = time.monotonic()
+        waits = (now - s.request.arrival_time for s in self.waiting if s.num_output_tokens == 0)
+        return next(waits, 0.0)
+
+    @property
     def _reserve(self) -> int:
         """Free blocks kept for what runs already, so that admission does not cause preemption."""
         return min(len(self.running), self.block_manager.num_blocks // 16)
@@ -257,8 +265,9 @@ class Scheduler:
         self._counters["prefix_cache_queries"] += seq.num_tokens
         self._counters["prefix_cache_hits"] += seq.num_computed_tokens
         if seq.first_scheduled_time is None:
-            seq.first_scheduled_time = time.time()
+            seq.first_scheduled_time = time.monotonic()
             seq.num_cached_tokens = min(seq.num_computed_tokens, seq.num_prompt_tokens)
+            self._counters["num_admitted"] += 1
             self._counters["num_prompt_tokens"] += seq.num_prompt_tokens
 
     def _extend(self, seq: Sequence, num_blocks: int) -> None:
@@ -294,6 +303,8 @@ class Scheduler:
             output.logprobs = [logprobs]
         if num_output == 1:
             self._describe_first(seq, output)
+        if num_output == len(seq.request.output_token_ids) + 1:
+            self._time_first(seq, output)
         if token_id in seq.stop_token_ids and num_output >= seq.params.min_tokens:
             output.finish_reason = "stop"
             output.stop_token_id = token_id
@@ -304,11 +315,15 @@ class Scheduler:
     @staticmethod
     def _describe_first(seq: Sequence, output: SequenceOutput) -> None:
         """What a sequence reports once, with its first token, however often it is resumed."""
-        assert seq.first_scheduled_time is not None
         output.num_cached_tokens = seq.num_cached_tokens
-        output.queue_time = max(0.0, seq.first_scheduled_time - seq.request.arrival_time)
         if seq.params.prompt_logprobs is not None:
             output.prompt_logprobs = [None, *seq.prompt_logprobs]
+
+    @staticmethod
+    def _time_first(seq: Sequence, output: SequenceOutput) -> None:
+        assert seq.first_scheduled_time is not None
+        output.queue_time = seq.first_scheduled_time - seq.request.arrival_time
+        output.prefill_time = time.monotonic() - seq.first_scheduled_time
 
     def _preempt(self, seq: Sequence) -> None:
         """Give back everything of a running sequence; it will be recomputed from its tokens."""
@@ -347,6 +362,7 @@ def _no_token(seq: Sequence) -> SequenceOutput:
 
 
 _COUNTERS = (
+    "num_admitted",
     "num_preemptions",
     "prefix_cache_queries",
     "prefix_cache_hits",

@@ -18,7 +18,9 @@ class EngineRequest:
     `output_token_ids` is not empty when a stream is resumed: those tokens count as generated
     already (penalties, draw positions, max_tokens) and what comes with the first token as
     reported. `eos_token_ids` come from the text layer; the engine reads no tokenizer.
-    `cache_salt` separates prefix caches.
+    `cache_salt` separates prefix caches. `waited_s` is how long it waited before it came to this
+    engine, for one that died or had to start. `arrival_time` is on the monotonic clock of the
+    process that steps the engine (RequestBatcher sets it): clocks of two nodes may differ.
     """
 
     request_id: str
@@ -28,7 +30,8 @@ class EngineRequest:
     seed: int | None = None  # in place of params.seed: where n completions of a prompt differ
     output_token_ids: list[int] = field(default_factory=list)
     cache_salt: str | None = None
-    arrival_time: float = field(default_factory=time.time)
+    waited_s: float = 0.0
+    arrival_time: float = field(default_factory=time.monotonic)
 
 
 class Status(Enum):

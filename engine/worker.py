@@ -4,14 +4,16 @@ Computes its stage of the steps it is given; decides nothing about them. Tokens 
 of the last stage.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from zlib import crc32
 
 import torch
 
 from engine.batch import PENDING, Batch, PromptScore, Sampling
 from engine.config import EngineConfig
-from engine.errors import ConfigError
+from engine.errors import CheckpointError, ConfigError
 from engine.executor import EngineInfo
 from engine.kv_cache import KVCache, bytes_per_block
 from engine.models import DecoderSpec, load_decoder, load_spec, resolve_dtype
@@ -20,25 +22,30 @@ from engine.outputs import StepResult, TokenLogprobs
 from engine.parallel import ParallelGroup
 from engine.sampler import Sampler, token_logprobs
 from engine.weights.cache import WeightCache
+from engine.weights.origin import Origin
+from engine.weights.peers import Peers
 from kernels.attention import AttentionMetadata
 
 SCORE_ROWS = 256  # prompt tokens whose logits exist at once: 256 × 128k × 4 B = 131 MB
 
 
 class Worker:
-    def __init__(self, config: EngineConfig, group: ParallelGroup) -> None:
+    def __init__(
+        self, config: EngineConfig, group: ParallelGroup, peers: Peers | None = None
+    ) -> None:
+        """`peers` may have the packed weights, or a checkpoint that is not on this node."""
         self.device = resolve_device(config.device)
         if self.device == "cpu":
             torch.set_num_threads(config.threads_per_rank())
-        path = Path(config.model)
-        self.spec = load_spec(path)
+        cache = _weight_cache(config, self.device, peers)
+        origin = _find_origin(Path(config.model), peers if cache is not None else None)
+        self.spec = load_spec(origin.settings)
         self.dtype = resolve_dtype(config.dtype, self.spec, self.device)
-        self.block_size = config.block_size or (16 if self.device == "cpu" else 64)
+        self.block_size = block_size_of(config, self.device)
         self._group = group
-        limit = _session_limit(config, self.spec)
-        cache = _weight_cache(config, self.device)
+        limit = session_limit(config, self.spec)
         self._decoder = load_decoder(
-            path,
+            origin,
             self.spec,
             dtype=self.dtype,
             device=self.device,
@@ -47,6 +54,7 @@ class Worker:
             session_len=limit,
             cache=cache,
         )
+        _check_same(origin, group)
         mapped_bytes = cache.mapped_bytes if cache is not None else 0
         self.num_blocks = group.min(self._count_blocks(config, limit, mapped_bytes))
         self.session_len = min(limit, self.num_blocks * self.block_size)
@@ -158,17 +166,39 @@ class Worker:
         return num_blocks
 
 
-def _weight_cache(config: EngineConfig, device: str) -> WeightCache | None:
+def _weight_cache(config: EngineConfig, device: str, peers: Peers | None) -> WeightCache | None:
     """None where the setting says so, and on a GPU: what it computes with today are dequantised
     weights, four times the checkpoint's bytes.
     """
     directory = config.weights_cache_directory()
     if directory is None or device != "cpu":
         return None
-    return WeightCache(directory, config.max_weights_cache_bytes)
+    return WeightCache(directory, config.max_weights_cache_bytes, peers)
 
 
-def _session_limit(config: EngineConfig, spec: DecoderSpec) -> int:
+def _find_origin(checkpoint: Path, peers: Peers | None) -> Origin:
+    return Origin.at(checkpoint) if peers is None else peers.origin(checkpoint)
+
+
+def _check_same(origin: Origin, group: ParallelGroup) -> None:
+    """CheckpointError when a rank without the checkpoint got another version than the others.
+
+    Ranks that read checkpoints of their own may see other times of change, hence other files.
+    """
+    digest = crc32(json.dumps(origin.files).encode())
+    if group.min(origin.here) == 0 and group.min(digest) != -group.min(-digest):
+        raise CheckpointError(
+            f"the ranks have different versions of {origin.checkpoint}, which not every node has; "
+            "it was changed or announced meanwhile. Start again, or copy it to every node"
+        )
+
+
+def block_size_of(config: EngineConfig, device: str) -> int:
+    """Attention tiles on GPUs want 64."""
+    return config.block_size or (16 if device == "cpu" else 64)
+
+
+def session_limit(config: EngineConfig, spec: DecoderSpec) -> int:
     """The longest sequence by config and checkpoint; the cache may allow less."""
     trained = spec.max_position_embeddings
     limit = config.session_len or trained

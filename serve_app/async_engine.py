@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from engine.batcher import queue_full
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, MantaError
-from engine.outputs import SequenceOutput
+from engine.outputs import EngineStats, SequenceOutput
 from engine.sequence import EngineRequest
 from serve_app.metrics import Metrics
 from serve_app.open_request import OpenRequest, OpenSequence
@@ -87,7 +87,7 @@ class AsyncEngine:
         self._schedule_send()
         for request in requests:
             if request.seed is None and request.params.seed is None:
-                request = replace(request, seed=self._seeds.getrandbits(63))
+                request = replace(request, seed=self.new_seed())
             self._sequences[request.request_id] = OpenSequence(request, opened)
             self._submits.append(request)
         return opened
@@ -104,6 +104,10 @@ class AsyncEngine:
         self._schedule_send()
         self._aborts.append(request_id)
         self._end_trial(self._sequences.pop(request_id))
+
+    def new_seed(self) -> int:
+        """For a request without one."""
+        return self._seeds.getrandbits(63)
 
     @property
     def num_open(self) -> int:
@@ -134,6 +138,7 @@ class AsyncEngine:
 
     def _connect(self, group: "EngineGroup") -> None:
         self.info, self._group = group.info, group
+        self.stats = EngineStats()  # as of the last poll
         self._death: asyncio.Future[EngineDeadError] = self._loop.create_future()
         self._start(self._poll(group))
         self._start(self._watch(group))
@@ -210,6 +215,7 @@ class AsyncEngine:
             outputs, stats = await group.poll()
             for output in outputs:
                 self._dispatch(output)
+            self.stats = stats
             self._metrics.record_stats(stats)
 
     def _dispatch(self, output: SequenceOutput) -> None:

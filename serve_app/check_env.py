@@ -126,7 +126,7 @@ def _compiled_kernels() -> Iterator[Finding]:
     if find_spec("kernels.cpu._native") is not None:
         yield Finding("cpu kernels", "compiled")
     else:
-        mend = "install gcc 11 or newer, then pip install again: int4 decodes 2 to 4 times as fast"
+        mend = "install gcc 11 or newer, then pip install again: int4 decodes faster"
         yield Finding("cpu kernels", "not compiled", mend)
 
 

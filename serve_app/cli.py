@@ -1,10 +1,11 @@
-"""The `manta` command: serve, chat, check_env.
+"""The `manta` command: serve, chat, plan, env, check_env.
 
 Imports torch or Ray only once a command needs them: a wrong option is answered in 0.2 s.
 """
 
 import contextlib
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -69,6 +70,13 @@ def serve(
     num_replicas: Annotated[
         int | None, typer.Option(min=1, help="Copies of the engine that share the requests.")
     ] = None,
+    min_replicas: Annotated[
+        int | None, typer.Option(min=0, help="With --max-replicas; 0: none while nobody asks.")
+    ] = None,
+    max_replicas: Annotated[
+        int | None,
+        typer.Option(min=1, help="As many copies as the queue needs, and at most so many."),
+    ] = None,
     device: DeviceOption = None,
     dtype: DTypeOption = None,
     session_len: SessionLenOption = None,
@@ -101,6 +109,8 @@ def serve(
             host=host,
             port=port,
             num_replicas=num_replicas,
+            min_replicas=min_replicas,
+            max_replicas=max_replicas,
             log_level=log_level,
             tp=tp,
             pp=pp,
@@ -148,6 +158,63 @@ def chat(
         wanted = {"temperature": temperature, "max_tokens": max_tokens}
         params |= {key: value for key, value in wanted.items() if value is not None}
         run_chat(llm, SamplingParams(**params), system)
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Checkpoint directory; its config.json is all that is read."
+        ),
+    ],
+    gpu: Annotated[str | None, typer.Option(help="A known GPU, such as H100-80GB.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="How many of them there are.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Of another GPU, or with --cpu of the machine: 80GiB.")
+    ] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(min=1, help="Of that memory, in GB/s: bounds the tokens/s.")
+    ] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Plan for a machine without GPUs.")] = False,
+    int4: Annotated[
+        bool, typer.Option("--int4", help="Count on packed int4 weights on GPUs, not there yet.")
+    ] = False,
+    config: Annotated[
+        Path | None, typer.Option(help="Engine config (YAML); the options here win over it.")
+    ] = None,
+    dtype: DTypeOption = None,
+    session_len: SessionLenOption = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences running at once.")] = None,
+    cache_max_entry_count: Annotated[
+        str | None, typer.Option(help="Share of the free memory for the KV cache, or blocks.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What MODEL needs and what fits: weights, KV cache and sequences for every tp.
+
+    Exit code 1 when nothing fits.
+    """
+    with _errors():
+        from serve_app.plan_command import Wanted, run_plan
+
+        wanted = Wanted(gpu, gpus, memory, bandwidth, cpu, int4)
+        settings = {
+            "dtype": dtype,
+            "session_len": session_len,
+            "max_num_seqs": max_num_seqs,
+            "cache_max_entry_count": _number(cache_max_entry_count),
+        }
+        fits, text = run_plan(model, wanted, config, settings, as_json=as_json)
+        typer.echo(text)
+        raise typer.Exit(0 if fits else 1)
+
+
+@app.command()
+def env() -> None:
+    """Print what `ray start` needs on every node: eval "$(manta env)"."""
+    for name, value in launch_env.node_environment().items():
+        typer.echo(f"export {name}={shlex.quote(value)}")
 
 
 @app.command(name="check_env")

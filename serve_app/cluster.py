@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 import ray
+from ray._common.utils import get_default_ray_temp_dir
 
 from engine.errors import ConfigError, MantaError
 from serve_app.launch_plan import LaunchPlan
@@ -36,8 +37,7 @@ def start(plan: LaunchPlan, *, dashboard: bool, verbose: bool) -> str | None:
         )
     except Exception as error:  # no narrower: that is what ray.init raises when a process is late
         raise LaunchError(
-            f"Ray did not start: {error} (on a busy machine try again; its logs are in "
-            "/tmp/ray/session_latest/logs)"
+            f"Ray did not start: {error} (on a busy machine try again; its logs are in {logs()})"
         ) from error
     _check_gpus(plan)
     if (reason := obstacle(plan)) is not None:
@@ -49,9 +49,16 @@ def start(plan: LaunchPlan, *, dashboard: bool, verbose: bool) -> str | None:
     return f"Ray's dashboard is at {url}; try {mode}ray list actors --address {url}"
 
 
+def logs() -> str:
+    """The directory of the last cluster's logs on this machine."""
+    directory: str = get_default_ray_temp_dir()  # type: ignore[no-untyped-call]
+    return f"{directory}/session_latest/logs"
+
+
 def obstacle(plan: LaunchPlan) -> str | None:
     """Why the cluster, as it is now, can never hold a replica; None: it can."""
-    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    resources = [node["Resources"] for node in nodes if node["Alive"]]
     num_gpus = sum(each.get("GPU", 0) for each in resources)
     return Placement.of(with_device(plan.engine, num_gpus), plan.app_args).obstacle(resources)
 
@@ -68,5 +75,6 @@ def _check_gpus(plan: LaunchPlan) -> None:
         raise ConfigError(
             f"{plan.num_replicas} replicas of tp {plan.engine.tp} and pp {plan.engine.pp} need "
             f"{plan.num_ranks} GPUs and this machine has {num_gpus}; lower --tp, --pp or "
-            "--num-replicas, use --device cpu, or set RAY_ADDRESS to a cluster that has them"
+            "the number of replicas, use --device cpu, or set RAY_ADDRESS to a cluster that has "
+            "them"
         )

@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from engine.errors import EngineDeadError, InvalidRequestError, MantaError, QueueFullError
 from serve_app.async_engine import ShuttingDownError
+from serve_app.event_ids import ResumeError
 
 RESTART_S = 5  # Retry-After while Serve restarts a replica; one took 2.3 to 4.9 s
 SHOWN = 60  # characters of an offending value
@@ -68,6 +69,8 @@ def from_engine(error: MantaError) -> ApiError:
     """What a client is told about an error of the engine."""
     if isinstance(error, InvalidRequestError):
         return invalid(str(error), error.param)
+    if isinstance(error, ResumeError):
+        return ApiError(409, str(error), param="Last-Event-ID", code="cannot_resume")
     if isinstance(error, QueueFullError):
         return ApiError(
             429,

@@ -6,16 +6,21 @@ whichever way the request ends. Knows no protocol: chats and completions differ 
 """
 
 import logging
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 from engine.completion import CompletionStream, sequence_requests
 from engine.outputs import SequenceOutput, TokenLogprobs
 from engine.sampling_params import SamplingParams
 from engine.sequence import EngineRequest
 from serve_app.metrics import SequenceTimer
+from serve_app.request_times import RequestTimes
 from serve_app.served_model import ServedModel
+
+if TYPE_CHECKING:
+    from serve_app.event_ids import EventIds
 
 logger = logging.getLogger("ray.serve")
 
@@ -68,10 +73,16 @@ class Generation:
         params: SamplingParams,
         *,
         request_id: str,
+        received: float,
         cache_salt: str | None = None,
         user: str | None = None,
+        events: "EventIds | None" = None,
     ) -> None:
+        if events is not None:
+            params = replace(params, seed=events.seed)
+        self.events = events
         self.request_id = request_id
+        self.times = RequestTimes(received)
         self.prompts = prompts
         self.n = params.n
         self.num_choices = len(prompts) * params.n
@@ -92,10 +103,14 @@ class Generation:
         self._num_open = self.num_choices
 
     def __enter__(self) -> "Generation":
+        self.times.submitted = time.perf_counter()
+        self._model.metrics.framework.observe(self.times.framework)
+        self._model.metrics.record_seconds("framework", self.times.framework)
         self._open = self._model.engine.open(self._requests)
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.times.ended = time.perf_counter()
         self._model.engine.close(self._open)
         for choice in self._choices:
             choice.end("abort")  # those that have ended already say so
@@ -113,8 +128,10 @@ class Generation:
                 if output.error is not None:
                     self._choices[index].end("error")
                     raise output.error
-                if not self._choices[index].ended:
-                    deltas.append(self._advance(index, output))
+                outputs = [output] if self.events is None else self.events.split(index, output)
+                for part in outputs:
+                    if not self._choices[index].ended:
+                        deltas.append(self._advance(index, part))
             if deltas:
                 return deltas
         return []
@@ -149,6 +166,8 @@ class Generation:
         )
 
     def _advance(self, index: int, output: SequenceOutput) -> Delta:
+        if self.times.first is None:
+            self.times.on_first(output)
         choice = self._choices[index]
         delta = choice.advance(index, output)
         if delta.finish_reason is not None:
@@ -177,7 +196,7 @@ class _Choice:
         self._timer = SequenceTimer(model.metrics, len(request.prompt_token_ids))
 
     def advance(self, index: int, output: SequenceOutput) -> Delta:
-        self._timer.on_output(output.queue_time)
+        self._timer.on_output(output)
         self.num_cached_tokens += output.num_cached_tokens  # not zero in the first output only
         added = self._stream.push(output)
         self.num_tokens += len(added.token_ids)

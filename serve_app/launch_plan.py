@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from serve_app import replica_count
 from serve_app.app_args import AppArgs
 from serve_app.ports import free_ports
 from serve_app.serve_config import nearest, read_serve_config
@@ -23,7 +24,7 @@ class LaunchPlan:
     serve_config: dict[str, Any]  # a ServeDeploySchema
     engine: EngineConfig
     model_name: str
-    num_replicas: int
+    num_replicas: int  # at most at once
     host: str
     port: int
 
@@ -48,6 +49,8 @@ def make_plan(
     host: str | None = None,
     port: int | None = None,
     num_replicas: int | None = None,
+    min_replicas: int | None = None,
+    max_replicas: int | None = None,
     log_level: str | None = None,
     **engine: Any,
 ) -> LaunchPlan:
@@ -74,8 +77,10 @@ def make_plan(
     http = config["http_options"]
     http["host"] = host or http["host"]
     http["port"] = (http["port"] if port is None else port) or free_ports(1)[0]
-    if num_replicas is not None:
-        _deployment(app)["num_replicas"] = num_replicas
+    deployment = app["deployments"][0]
+    replica_count.set_replicas(
+        deployment, path, fixed=num_replicas, least=min_replicas, most=max_replicas
+    )
     if log_level is not None:
         config["logging_config"].update(
             log_level=log_level.upper(), enable_access_log=log_level in ("debug", "info")
@@ -84,7 +89,7 @@ def make_plan(
         serve_config=config,
         engine=settings,
         model_name=app["args"]["model_name"],
-        num_replicas=_num_replicas(app),
+        num_replicas=replica_count.max_replicas(deployment),
         host=http["host"],
         port=http["port"],
     )
@@ -107,15 +112,3 @@ def _app_args(args: dict[str, Any], path: Path) -> AppArgs:
         if key == "engine":  # not each member of the union
             message = f" must be the path of an engine config or a mapping, got {args.get(key)!r}"
         raise ConfigError(f"{path}: args.{key}{message}") from error
-
-
-def _deployment(app: dict[str, Any]) -> dict[str, Any]:
-    """The entry of the engine's deployment, the only one there is."""
-    entry: dict[str, Any] = app["deployments"][0]
-    return entry
-
-
-def _num_replicas(app: dict[str, Any]) -> int:
-    """How many start at once; with "auto" or none given, Serve starts one."""
-    number = _deployment(app).get("num_replicas")
-    return number if isinstance(number, int) else 1

@@ -4,21 +4,27 @@ Ray adds the prefix `ray_` and, to counters, `_total`, so `vllm_num_requests_run
 `ray_vllm_num_requests_running`, which Ray's and vLLM's dashboards know. Recording one value
 costs about 4 µs (measured), so the engine's numbers are recorded at most every INTERVAL_S, and
 of the latencies between tokens a bounded, evenly spaced sample.
+
+Ray's exporter counts every value of a histogram as the middle of its bucket, so a histogram's
+`_sum` is off by up to half a bucket (0.15 s for a request of 1 ms). Exact means therefore come from
+the counter of seconds by part.
 """
 
 import asyncio
 import time
-from typing import Any
+from collections import defaultdict
+from typing import Any, Literal, TypeAlias
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
-from engine.outputs import EngineStats
+from engine.outputs import EngineStats, SequenceOutput
 
 INTERVAL_S = 0.1  # Ray exports every 10 s
 REFRESH_S = 5.0  # Ray forgets a gauge that was not set between two exports
 MAX_SAMPLES = 100  # inter-token latencies recorded per interval: 0.4 % of a core
 LABELS: Any = ("model_name", "engine")  # Any: Ray annotates tag_keys as tuples of one
-REASON = "finished_reason"
+REASON, PART = "finished_reason", "part"
+Part: TypeAlias = Literal["framework", "queue", "prefill", "decode"]
 
 # vLLM's bucket borders, seconds.
 # fmt: off
@@ -35,6 +41,7 @@ REQUEST_S = [
     240.0, 480.0, 960.0, 1920.0, 7680.0,
 ]
 # fmt: on
+PART_S = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.2, *REQUEST_S]  # finer than vLLM's
 ITERATION_TOKENS = [1.0, *(float(2**power) for power in range(3, 15))]
 
 _GAUGES = {
@@ -62,13 +69,16 @@ class Metrics:
         self._inter_token_values: list[float] = []
         self.per_token = self._histogram("vllm_request_time_per_output_token_seconds", TOKEN_S)
         self.e2e = self._histogram("vllm_e2e_request_latency_seconds", REQUEST_S)
-        self.queue = self._histogram("vllm_request_queue_time_seconds", REQUEST_S)
+        self.framework = self._histogram("manta_request_framework_time_seconds", TTFT_S)
+        self.queue = self._histogram("vllm_request_queue_time_seconds", PART_S)
         self.inference = self._histogram("vllm_request_inference_time_seconds", REQUEST_S)
-        self.prefill = self._histogram("vllm_request_prefill_time_seconds", REQUEST_S)
-        self.decode = self._histogram("vllm_request_decode_time_seconds", REQUEST_S)
+        self.prefill = self._histogram("vllm_request_prefill_time_seconds", PART_S)
+        self.decode = self._histogram("vllm_request_decode_time_seconds", PART_S)
         self.prompt_tokens = self._histogram("vllm_request_prompt_tokens", tokens)
         self.generation_tokens = self._histogram("vllm_request_generation_tokens", tokens)
         self._iteration_tokens = self._histogram("vllm_iteration_tokens_total", ITERATION_TOKENS)
+        self._seconds = self._counter("manta_request_seconds", "Of requests, by part.", PART)
+        self._seconds_values: defaultdict[Part, float] = defaultdict(float)
         self._success = self._counter("vllm_request_success", "Sequences that ended.", REASON)
         self._recoveries = self._counter(
             "manta_engine_recoveries", "Engines started for dead ones."
@@ -97,6 +107,9 @@ class Metrics:
     def record_inter_token(self, seconds: float) -> None:
         self._inter_token_values.append(seconds)
 
+    def record_seconds(self, part: Part, seconds: float) -> None:
+        self._seconds_values[part] += seconds
+
     def record_end(self, finished_reason: str) -> None:
         self._success.inc(1, {REASON: finished_reason})
 
@@ -116,6 +129,11 @@ class Metrics:
         values, self._inter_token_values = self._inter_token_values, []
         for value in values[:: -(-len(values) // MAX_SAMPLES) or 1]:
             self._inter_token.observe(value)
+
+        for part, seconds in self._seconds_values.items():
+            if seconds > 0:
+                self._seconds.inc(seconds, {PART: part})
+        self._seconds_values.clear()
 
     def _histogram(self, name: str, boundaries: list[float]) -> Histogram:
         description = name.removeprefix("vllm_").replace("_", " ")
@@ -142,14 +160,15 @@ class SequenceTimer:
         self._num_prompt_tokens = num_prompt_tokens
         self._start = self._last = time.perf_counter()
         self._first: float | None = None
-        self._queue_time = 0.0
+        self._queue = self._prefill = 0.0
 
-    def on_output(self, queue_time: float) -> None:
-        """Tokens arrived; `queue_time` comes with the first."""
+    def on_output(self, output: SequenceOutput) -> None:
+        """Tokens arrived. The times of the first report count: an engine that takes a dead one's
+        place measures its own."""
         now = time.perf_counter()
         if self._first is None:
             self._first = now
-            self._queue_time = queue_time
+            self._queue, self._prefill = output.queue_time, output.prefill_time
             self._metrics.ttft.observe(now - self._start)
         else:
             self._metrics.record_inter_token(now - self._last)
@@ -162,12 +181,14 @@ class SequenceTimer:
         if self._first is None:
             return
         decode = self._last - self._first
-        prefill = max(0.0, self._first - self._start - self._queue_time)
         metrics.e2e.observe(self._last - self._start)
-        metrics.queue.observe(self._queue_time)
-        metrics.prefill.observe(prefill)
+        metrics.queue.observe(self._queue)
+        metrics.prefill.observe(self._prefill)
         metrics.decode.observe(decode)
-        metrics.inference.observe(prefill + decode)
+        metrics.inference.observe(self._prefill + decode)
+        metrics.record_seconds("queue", self._queue)
+        metrics.record_seconds("prefill", self._prefill)
+        metrics.record_seconds("decode", decode)
         metrics.prompt_tokens.observe(self._num_prompt_tokens)
         metrics.generation_tokens.observe(num_tokens)
         if num_tokens > 1:

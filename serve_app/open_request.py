@@ -5,6 +5,7 @@ with one of its sequences: the request and every token reported so far. Knows no
 """
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -65,6 +66,7 @@ class OpenSequence:
 
     request: EngineRequest  # as submitted first, its seed resolved
     mailbox: OpenRequest
+    opened: float = field(default_factory=time.monotonic)
     token_ids: list[int] = field(default_factory=list)  # reported so far
     num_deaths: int = 0
     in_engine: bool = False
@@ -78,7 +80,7 @@ class OpenSequence:
     def to_resume(self) -> EngineRequest:
         """The request another engine goes on with, reporting only what is new."""
         if not self.token_ids:
-            return self.request
+            return replace(self.request, waited_s=time.monotonic() - self.opened)
         params = self.request.params
         if params.prompt_logprobs is not None:  # reported with the first token
             params = replace(params, prompt_logprobs=None)

@@ -38,7 +38,7 @@ class Guard:
             [sys.executable, "-IS", __file__, self.run_dir],
             stdin=subprocess.PIPE,  # nothing is written: it closes when this process ends
             start_new_session=True,  # neither a Ctrl-C nor a closed terminal reaches it
-            env={},
+            env={name: value for name, value in os.environ.items() if name != RUN_DIR},
         )
 
     def __enter__(self) -> Self:

@@ -7,14 +7,17 @@ The replica is its own ingress, so tokens cross no DeploymentHandle (8 µs per t
 import asyncio
 import gc
 import time
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from ray import serve
 
 from engine.config import EngineConfig
-from engine.errors import CheckpointError
 from serve_app.async_engine import AsyncEngine
+from serve_app.autoscaling_stats import LoadMeter
+from serve_app.draining import end_before_kill
 from serve_app.http_app import create_http_app
 from serve_app.metrics import Metrics
 from serve_app.served_model import Limits, ServedModel
@@ -29,7 +32,9 @@ DRAIN_POLL_S = 0.05
     name="LLMReplica",
     max_ongoing_requests=100_000,  # the engine's bounded queue refuses, and says why
     health_check_period_s=1,  # Serve replaces a replica after three that fail
-    health_check_timeout_s=30,
+    health_check_timeout_s=10,
+    graceful_shutdown_timeout_s=120,  # then open streams end with an error they can resume from
+    graceful_shutdown_wait_loop_s=0.5,
 )
 @serve.ingress()
 class LLMReplica:
@@ -45,8 +50,8 @@ class LLMReplica:
 
         starting = asyncio.ensure_future(EngineGroup.start(config))
         try:
-            tokenizer = await asyncio.to_thread(_load_tokenizer, config.model)
-        except CheckpointError:
+            tokenizer = await asyncio.to_thread(_load_tokenizer, config)
+        except BaseException:
             starting.cancel()
             await asyncio.wait([starting])  # until its actors are gone
             raise
@@ -61,6 +66,8 @@ class LLMReplica:
             limits=limits,
             config=config,
         )
+        self._meter = LoadMeter(config.max_num_seqs)
+        self._ending = asyncio.ensure_future(end_before_kill(self._model.engine))
         _calm_garbage_collector()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -69,6 +76,11 @@ class LLMReplica:
     async def check_health(self) -> None:
         """Raises when the engine is gone for good; Serve then replaces the replica."""
         await self._model.engine.check()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What QueueDepthPolicy counts. Serve asks where there is an autoscaling_config."""
+        engine = self._model.engine
+        return asdict(self._meter.read(engine.stats, engine.num_open, time.time()))
 
     async def drain(self, patience_s: float) -> None:
         """The server stops: open requests may end for so long, the rest ends with an error."""
@@ -91,7 +103,9 @@ def _calm_garbage_collector() -> None:
     gc.set_threshold(50_000, 20, 20)
 
 
-def _load_tokenizer(path: str) -> "Tokenizer":
+def _load_tokenizer(config: EngineConfig) -> "Tokenizer":
+    from engine.ray_weights import RayPeers
     from engine.tokenizer import Tokenizer
 
-    return Tokenizer.load(path)
+    checkpoint, peers = Path(config.model), RayPeers.of(config)
+    return Tokenizer.load(checkpoint if peers is None else peers.origin(checkpoint).settings)

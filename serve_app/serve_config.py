@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).resolve().parent
 FILE = "serve_config.yaml"
 IMPORT_PATH = "serve_app.app:build_app"
 DEPLOYMENT = "LLMReplica"  # the deployment build_app makes; num_replicas belongs to it
+POLICY = "serve_app.autoscaling:QueueDepthPolicy"
 SECTIONS = {"http_options": dict, "logging_config": dict, "args": dict, "deployments": list}
 
 

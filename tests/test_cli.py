@@ -23,7 +23,7 @@ from serve_app.cli import app
 from serve_app.launch_plan import make_plan
 from serve_app.ports import check_port, free_ports, listener
 from serve_app.progress import Progress
-from serve_app.serve_config import IMPORT_PATH, read_serve_config
+from serve_app.serve_config import IMPORT_PATH, POLICY, read_serve_config
 from serve_app.serve_schema import to_schema
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,12 +50,16 @@ def manta(*args: str) -> tuple[int, str]:
 
 
 def test_help_names_every_command_and_option() -> None:
-    assert all(name in manta("--help")[1] for name in ("serve", "chat", "check_env", "--version"))
+    assert all(
+        name in manta("--help")[1]
+        for name in ("serve", "chat", "plan", "env", "check_env", "--version")
+    )
     code, text = manta("serve", "--help")
     assert code == 0
     options = (
-        "--config --host --port --model-name --tp --pp --placement --num-replicas --device --dtype "
-        "--session-len --max-num-seqs --cache-max-entry-count --dashboard --log-level"
+        "--config --host --port --model-name --tp --pp --placement --num-replicas --min-replicas "
+        "--max-replicas --device --dtype --session-len --max-num-seqs --cache-max-entry-count "
+        "--dashboard --log-level"
     )
     assert all(option in text for option in options.split())
 
@@ -223,7 +227,7 @@ def test_sections_of_serve_config_may_be_empty(config: dict[str, Any], tmp_path:
     app["deployments"] = [{"name": "LLMReplica", "num_replicas": "auto"}]
     _write_config(tmp_path, config)
     plan = make_plan()
-    assert plan.num_replicas == 1  # at the start
+    assert plan.num_replicas == 1  # as many as start; Serve's bound is its own
     assert to_schema(plan.serve_config).applications[0].deployments[0].num_replicas == "auto"
 
 
@@ -243,6 +247,14 @@ APP = ("applications", 0)
 
 def _replica(**values: object) -> Callable[[dict[str, Any]], object]:
     return _at(*APP, deployments=[{"name": "LLMReplica", **values}])
+
+
+def _policy(**values: object) -> Callable[[dict[str, Any]], object]:
+    return _replica(autoscaling_config={"max_replicas": 2, "policy": values})
+
+
+def _ours(**settings: object) -> Callable[[dict[str, Any]], object]:
+    return _policy(policy_function=POLICY, policy_kwargs=settings)
 
 
 @pytest.mark.parametrize(
@@ -275,6 +287,14 @@ def _replica(**values: object) -> Callable[[dict[str, Any]], object]:
         (_replica(num_replicas=0), "Input should be greater than 0, got 0"),
         (_replica(ray_actor_options={"num_cpu": 1}), "did you mean 'num_cpus'?"),
         (_replica(autoscaling_config={"min_replica": 1}), "did you mean 'min_replicas'?"),
+        (_replica(autoscaling_config={"min_replicas": 2}), "max_replicas (1) must be greater"),
+        (_policy(policy_functio=POLICY), "policy.policy_functio; did you mean 'policy_function'?"),
+        (_policy(policy_function="serve_app.autoscaling:Queue"), "policy.policy_function: "),
+        (_policy(policy_kwargs=1), "policy_kwargs: Input should be a valid dictionary, got 1"),
+        (_ours(drain=1), "policy.policy_kwargs.drain; did you mean 'drain_s'?"),
+        (_ours(drain_s=0), "policy_kwargs: drain_s must be a number of seconds above 0, got 0"),
+        (_ours(utilization=True), "utilization must be a share above 0 and at most 1, got True"),
+        (_ours(running_per_replica=0), "running_per_replica must be an integer of at least 1"),
     ],
 )
 def test_a_mistake_in_serve_config_is_said_in_one_line(
@@ -338,26 +358,26 @@ def test_joining_leaves_serve_s_flags_to_the_cluster(
 
 def test_haproxy_gets_an_edited_configuration(tmp_path: Path) -> None:
     """Its own pages are for this machine only, under the two spellings of Serve's template; a
-    frontend says where it listens. Bodies are not spliced."""
-    environ = {"PATH": os.environ["PATH"]}
+    frontend says where it listens. Bodies are buffered, not spliced."""
+    (tmp_path / "haproxy").write_text("#!/bin/sh\necho $*\n")  # the user's own
+    (tmp_path / "haproxy").chmod(0o755)
+    environ = {"PATH": os.environ["PATH"], launch_env.BINARY: str(tmp_path / "haproxy")}
     launch_env.set_local_defaults(environ, tmp_path, verbose=False)
     assert Path(environ["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent == tmp_path
+    path = tmp_path / "cfg"
     frontends = "  bind 0.0.0.0:8000\n  bind :::8000\n  bind ::1:8000\n"
     splice = "    option splice-request\n    option splice-response\n"
-    (tmp_path / "cfg").write_text(splice + "    bind :9101\n  bind *:8404\n" + frontends)
-    command: list[str | Path] = [
-        environ["RAY_SERVE_HAPROXY_BINARY_PATH"],
-        "-db",
-        "-f",
-        tmp_path / "cfg",
-        "-x",
-        "a b",
-    ]
-    environ["MANTA_HAPROXY"] = "echo"
+    path.write_text(splice + "    bind :9101\n  bind *:8404\n" + frontends)
+    command: list[str | Path] = [environ[launch_env.BINARY], "-db", "-f", path, "-x", "a b"]
     done = subprocess.run(command, env=environ, check=True, capture_output=True, text=True)
-    assert done.stdout == f"-db -f {tmp_path / 'cfg'} -x a b\n"
+    assert done.stdout == f"-db -f {path} -x a b\n"
+    options = "    option http-buffer-request\n    option splice-response\n"
     own = "    bind 127.0.0.1:9101\n  bind 127.0.0.1:8404\n"
-    assert (tmp_path / "cfg").read_text() == "    option splice-response\n" + own + frontends
+    assert path.read_text() == options + own + frontends
+    path.write_text("bind  *:8404\n")  # as no version of Serve writes it yet
+    done = subprocess.run(command, env=environ, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "still binds a port of every interface" in done.stderr
 
 
 def test_free_ports_differ() -> None:

@@ -45,7 +45,9 @@ def test_readme_has_every_setting_with_its_default() -> None:
     assert readme_settings() == expected
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/api.md", "docs/architecture.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/api.md", "docs/architecture.md", "docs/deploy.md"]
+)
 def test_files_that_the_pages_name_exist(page: str) -> None:
     text = (ROOT / page).read_text()
     linked = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]

@@ -1,13 +1,28 @@
 """Metrics: what reaches Ray's exporter, and how often."""
 
 import asyncio
-from typing import Any
+from collections import defaultdict
+from typing import Any, TypeAlias
 
 import pytest
-from ray.serve.metrics import Counter, Gauge
+from ray.serve.metrics import Counter, Gauge, Histogram
 
 from engine.outputs import EngineStats
 from serve_app.metrics import Metrics
+
+Recorded: TypeAlias = "dict[str, list[float]]"
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
+    """What histograms observe, by name."""
+    values: Recorded = defaultdict(list)
+
+    def observe(self: Histogram, value: float, tags: object = None) -> None:
+        values[self.info["name"]].append(value)
+
+    monkeypatch.setattr(Histogram, "observe", observe)
+    return values
 
 
 def test_gauges_are_kept_alive_while_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,6 +108,7 @@ def test_unknown_fields_inside_a_field_are_refused() -> None:
         ({"stop": ["a", 3]}, "stop[1]", "must be a string; got 3"),
         ({"logit_bias": [1]}, "logit_bias", "must be an object of up to 1024 token ids"),
         ({"logit_bias": {"x": 1}}, "logit_bias.x", "must be an integer"),
+        ({"logit_bias": {"1": 1, "01": 2}}, "logit_bias.01", "must be an integer"),
         ({"messages": "Hi"}, "messages", "must be a list of messages, at least one; got 'Hi'"),
         ({"messages": [{}]}, "messages[0].role", "is missing"),
         ({"messages": [{"role": "bot"}]}, "messages[0].role", "must be 'system', .* got 'bot'"),

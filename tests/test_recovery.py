@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,9 @@ async def test_the_next_engine_gets_what_is_open_with_its_tokens(stubs: Engines)
     assert stubs.group.admitted == ["a", "b"]
     a, b = stubs.group.requests.values()
     assert (a.output_token_ids, a.params.prompt_logprobs) == ([5, 6], None)
-    assert b is first.requests["b"]
+    waited = first.requests["b"].waited_s
+    assert b == replace(first.requests["b"], waited_s=b.waited_s)  # as if it had waited on
+    assert b.waited_s > waited > 0
     assert a.seed == first.requests["a"].seed
     assert isinstance(a.seed, int)
     await stubs.put("a", 8, finish_reason="length")

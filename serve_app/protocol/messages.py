@@ -69,8 +69,13 @@ class Message(Strict):
     @property
     def size(self) -> int:
         """What turning it into tokens costs, in characters; its frame counts as some."""
-        calls = sum(FRAME + len(call.function.arguments) for call in self.tool_calls or ())
-        return FRAME + len(self.text or "") + calls
+        return FRAME * (1 + len(self.tool_calls or ())) + self.num_characters
+
+    @property
+    def num_characters(self) -> int:
+        """Of everything in it that becomes tokens."""
+        calls = sum(len(call.function.arguments) for call in self.tool_calls or ())
+        return len(self.text or "") + calls
 
 
 Messages = Annotated[list[Message], Field(fail_fast=True)]

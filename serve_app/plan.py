@@ -1,0 +1,143 @@
+"""What a checkpoint needs, and what then fits a GPU or a machine, for every tp that cuts it evenly.
+
+Pure arithmetic over the engine's own answers: the weights' packing, bytes_per_block, and the
+rules by which a worker counts its KV blocks. Knows no terminal; needs no GPU and no weights.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from engine.kv_cache import bytes_per_block
+from engine.models import DecoderSpec, check_tp, resolve_dtype
+from engine.models.footprint import Footprint, footprint
+from engine.worker import block_size_of, session_limit
+from serve_app.plan_gpus import Memory
+
+MAX_TP = 8  # ranks to try when nobody said how many GPUs there are
+# Of each rank, before any weight: a CUDA context with its libraries' workspaces; on a CPU an
+# engine process with torch (0.4 GiB) and its part of the replica and of Ray.
+RANK_BYTES = 1024**3
+
+Device: TypeAlias = Literal["cuda", "cpu"]
+
+
+@dataclass(frozen=True, slots=True)
+class TpPlan:
+    """One tp. Bytes are those of one rank; sequences and tokens/s of one replica."""
+
+    tp: int
+    weight_bytes: int  # as this version keeps them
+    int4_bytes: int  # with int4 linears in 4 bits
+    kv_bytes_per_token: int
+    free_bytes: int  # after the weights; negative: they do not fit
+    kv_tokens: int
+    num_sequences: int  # at the whole context
+    decode_bound: float | None  # tokens/s of one sequence at the whole context, by bandwidth alone
+    decode_bound_all: float | None  # of num_sequences together
+    num_replicas: int | None  # that the given GPUs make
+
+    @property
+    def fits(self) -> bool:
+        return self.num_sequences > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    device: Device
+    memory: Memory
+    dtype: torch.dtype
+    session_len: int
+    int4: bool
+    rows: tuple[TpPlan, ...]
+
+    @property
+    def best(self) -> TpPlan | None:
+        """The smallest tp that fits: fewer ranks talk less, and more replicas go in."""
+        return next((row for row in self.rows if row.fits), None)
+
+
+class Planner:
+    """`int4`: count on 4-bit weights in memory, which GPUs of this version do not compute on."""
+
+    def __init__(
+        self, spec: DecoderSpec, config: EngineConfig, device: Device, int4: bool = False
+    ) -> None:
+        self._dtype = resolve_dtype(config.dtype, spec, device)
+        self._session_len = session_limit(config, spec)
+        self._spec, self._config, self._device, self._int4 = spec, config, device, int4
+        self._block_size = block_size_of(config, device)
+        self._footprints: dict[tuple[int, bool], Footprint] = {}
+
+    def plan(self, memory: Memory, num_gpus: int | None = None) -> Plan:
+        rows = []
+        for tp in range(1, (num_gpus or MAX_TP) + 1):
+            try:
+                check_tp(self._spec, tp)
+            except ConfigError:
+                continue
+            num_replicas = None if num_gpus is None else num_gpus // tp
+            rows.append(self._row(memory, tp, num_replicas))
+        return Plan(self._device, memory, self._dtype, self._session_len, self._int4, tuple(rows))
+
+    def _row(self, memory: Memory, tp: int, num_replicas: int | None) -> TpPlan:
+        sharing = tp if self._device == "cpu" else 1  # ranks in the same memory
+        kept, packed = self._footprint(tp, int4=False), self._footprint(tp, int4=True)
+        weights = packed if self._int4 else kept
+        block_bytes = bytes_per_block(self._spec, self._block_size, self._dtype, tp)
+        free = memory.num_bytes - sharing * (weights.weights + RANK_BYTES)
+        num_blocks = self._num_blocks(free, block_bytes, sharing)
+        num_sequences = min(self._config.max_num_seqs, num_blocks // self._blocks_per_session)
+        kv_bytes_per_token = block_bytes // self._block_size
+        read = sharing * weights.read_per_step, sharing * kv_bytes_per_token * self._session_len
+        return TpPlan(
+            tp=tp,
+            weight_bytes=kept.weights,
+            int4_bytes=packed.weights,
+            kv_bytes_per_token=kv_bytes_per_token,
+            free_bytes=free,
+            kv_tokens=num_blocks * self._block_size,
+            num_sequences=num_sequences,
+            decode_bound=_decode_bound(memory, *read, min(1, num_sequences)),
+            decode_bound_all=_decode_bound(memory, *read, num_sequences),
+            num_replicas=num_replicas,
+        )
+
+    @property
+    def _blocks_per_session(self) -> int:
+        return -(-self._session_len // self._block_size)
+
+    def _footprint(self, tp: int, int4: bool) -> Footprint:
+        if (tp, int4) not in self._footprints:
+            self._footprints[tp, int4] = footprint(
+                self._spec,
+                tp=tp,
+                dtype=self._dtype,
+                device=self._device,
+                session_len=self._session_len,
+                int4=int4,
+            )
+        return self._footprints[tp, int4]
+
+    def _num_blocks(self, free: int, block_bytes: int, sharing: int) -> int:
+        """As Worker counts them when it starts."""
+        config = self._config
+        share = config.cache_max_entry_count
+        if isinstance(share, int):
+            return share if share * block_bytes * sharing <= free else 0
+        budget = int(max(0, free) * share)
+        if self._device == "cpu":
+            budget = min(budget, config.max_cpu_cache_bytes) // sharing
+        return min(budget // block_bytes, config.max_num_seqs * self._blocks_per_session)
+
+
+def _decode_bound(memory: Memory, weights: int, kv: int, num_sequences: int) -> float | None:
+    """Tokens/s of steps that do nothing but read the weights once and each sequence's keys and
+    values: no computation, no communication, the maker's bandwidth.
+    """
+    if memory.bandwidth is None or num_sequences == 0:
+        return None
+    return num_sequences * memory.bandwidth / (weights + num_sequences * kv)

@@ -1,0 +1,331 @@
+"""How many replicas a load asks for, and what Serve's delays make of it."""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from ray.serve.autoscaling_policy import _apply_delay_logic
+from ray.serve.config import AutoscalingConfig
+
+import serve_app.autoscaling
+from engine.errors import ConfigError
+from engine.outputs import EngineStats
+from serve_app.autoscaling import (
+    QueueDepthPolicy,
+    QueueDepthSettings,
+    ReplicaLoad,
+    desired_replicas,
+    latest_loads,
+)
+from serve_app.autoscaling_stats import LoadMeter
+from serve_app.launch_plan import make_plan
+from serve_app.replica_count import AUTOSCALING
+from serve_app.serve_schema import to_schema
+
+SETTINGS = QueueDepthSettings(drain_s=2.0, utilization=0.7)
+IDLE = ReplicaLoad(
+    running=0, waiting=0, waiting_tokens=0, oldest_waiting_s=0.0, slots=4, kv_cache_usage=0.0
+)
+
+
+def load(running: float, waiting: float = 0, **values: float) -> ReplicaLoad:
+    return replace(IDLE, running=running, waiting=waiting, **values)
+
+
+def desired(*loads: ReplicaLoad, target: int | None = None, **more: Any) -> int:
+    target = len(loads) if target is None else target
+    return desired_replicas(loads, more.pop("settings", SETTINGS), target=target, **more)
+
+
+# -- the function -------------------------------------------------------------------------------
+
+AMOUNT = st.integers(0, 300)
+LOAD = st.builds(
+    lambda slots, busy, waiting, tokens, age, kv, rate, token_rate: ReplicaLoad(
+        running=round(slots * busy),
+        waiting=waiting,
+        waiting_tokens=waiting * tokens,
+        oldest_waiting_s=age if waiting else 0.0,
+        slots=slots,
+        kv_cache_usage=kv * busy,
+        drained_per_s=rate,
+        drained_tokens_per_s=token_rate,
+    ),
+    slots=st.integers(1, 256),
+    busy=st.floats(0, 1),
+    waiting=AMOUNT,
+    tokens=st.integers(1, 5000),
+    age=st.floats(0, 100),
+    kv=st.floats(0, 1),
+    rate=st.floats(0, 100),
+    token_rate=st.floats(0, 50_000),
+)
+LOADS = st.lists(LOAD, min_size=1, max_size=5)
+TARGET = st.integers(1, 20)
+SETTLED = st.sampled_from([0.0, 3.0, math.inf])
+
+
+@given(LOADS, TARGET, AMOUNT, SETTLED)
+def test_constant_load_moves_the_target_once(
+    loads: list[ReplicaLoad], target: int, held: int, settled_s: float
+) -> None:
+    """Whatever was decided is decided again: no flapping, and no climb while replicas load."""
+    first = desired_replicas(loads, SETTINGS, target=target, held=held, settled_s=settled_s)
+    again = desired_replicas(loads, SETTINGS, target=first, held=held, settled_s=settled_s)
+    assert again == first
+
+
+@given(LOADS, TARGET, AMOUNT, SETTLED, st.integers(1, 50))
+def test_more_load_never_asks_for_fewer(
+    loads: list[ReplicaLoad], target: int, held: int, settled_s: float, added: int
+) -> None:
+    fewer = desired_replicas(loads, SETTINGS, target=target, held=held, settled_s=settled_s)
+    for more in (held + added, held):
+        busier = loads
+        if more == held:
+            first = loads[0]
+            busier = [replace(first, waiting=first.waiting + added), *loads[1:]]
+        assert fewer <= desired_replicas(
+            busier, SETTINGS, target=target, held=more, settled_s=settled_s
+        )
+
+
+@given(LOADS, TARGET, SETTLED)
+def test_what_is_open_bounds_the_number(
+    loads: list[ReplicaLoad], target: int, settled_s: float
+) -> None:
+    """None for nothing, and no more than one for each sequence."""
+    number = desired_replicas(loads, SETTINGS, target=target, settled_s=settled_s)
+    num_open = sum(each.running + each.waiting for each in loads)
+    assert (number > 0) == (num_open > 0)
+    assert number <= max(num_open / SETTINGS.utilization + 1, 0)
+
+
+@given(LOADS, SETTLED, st.floats(1.0, 50.0))
+def test_patience_never_asks_for_more(
+    loads: list[ReplicaLoad], settled_s: float, longer: float
+) -> None:
+    patient = replace(SETTINGS, drain_s=SETTINGS.drain_s * longer)
+    assert desired_replicas(loads, patient, target=1, settled_s=settled_s) <= desired_replicas(
+        loads, SETTINGS, target=1, settled_s=settled_s
+    )
+
+
+def test_a_queue_is_answered_in_one_jump() -> None:
+    assert desired(load(4, 20)) == 6
+    assert desired(load(4, 20), held=8) == 8
+    assert desired(load(4, 20), load(4, 20), target=2) == 12
+
+
+def test_replicas_that_load_count() -> None:
+    assert desired(load(4, 20), target=6, settled_s=0.0) == 6
+    assert desired(target=3, held=5) == 3  # the first ones load
+    assert desired(target=0, held=5) == 1  # Serve wakes the first one itself
+    assert desired(target=0) == 0
+
+
+def test_a_queue_that_drains_in_time_asks_for_none() -> None:
+    assert desired(load(4, 20, drained_per_s=10)) == 1  # 4 + 2 s × 10 take in all 24
+    assert desired(load(4, 21, drained_per_s=10)) == 2
+    tokens = {"waiting_tokens": 40_000, "drained_tokens_per_s": 5_000}
+    assert desired(load(4, 20, drained_per_s=10, **tokens)) == 4
+    assert desired(load(4, 2, drained_per_s=10, **tokens)) == 2  # a prompt is not split
+
+
+def test_a_wait_that_is_too_long_overrules_what_was_measured() -> None:
+    late = load(4, 20, drained_per_s=10, oldest_waiting_s=2.5)
+    assert desired(late) == 6
+    assert desired(late, settled_s=2.0) == 1  # it began before the last replica came
+    # Two run where four could: what is short is not slots.
+    assert desired(load(2, 6, oldest_waiting_s=2.5)) == 4
+
+
+def test_fewer_replicas_have_room_to_spare() -> None:
+    assert desired(load(2), load(1), target=2) == 2  # 3 of 4 slots would be 75 %
+    assert desired(load(1), load(1), target=2) == 1
+    full = load(1, kv_cache_usage=0.9)  # nor do two of these fit one KV cache
+    assert desired(full, full, target=2) == 2
+    assert desired(IDLE, IDLE, target=2) == 0
+
+
+def test_a_number_to_run_on_each_may_be_set() -> None:
+    settings = replace(SETTINGS, running_per_replica=2)
+    assert desired(load(4), settings=settings) == 2
+    assert desired(load(4), settings=replace(SETTINGS, running_per_replica=99)) == 1
+
+
+# -- the policy in Serve's hands ----------------------------------------------------------------
+
+
+class Controller:
+    """Serve's loop: the policy, then Serve's own delays and bounds, every 0.1 s."""
+
+    def __init__(self, **scaling: Any) -> None:
+        values = {**AUTOSCALING, "min_replicas": 0, "max_replicas": 8, **scaling}
+        self.config = AutoscalingConfig(**values)
+        policy: Any = self.config.policy.get_policy()  # pickled by value, as the controller gets it
+        self.policy: QueueDepthPolicy = policy(**self.config.policy.policy_kwargs)
+        self.now = 1000.0
+        self.target = 1
+        self._state: dict[str, Any] = {}
+
+    def run(self, seconds: float, share: Callable[[int], ReplicaLoad], running: int) -> list[int]:
+        """The targets meanwhile, with `running` replicas that report `share(target)`."""
+        targets = []
+        for _ in range(round(seconds / 0.1)):
+            self.now += 0.1
+            number, _ = self.policy(self._context(share(self.target), running))
+            number, self._state = _apply_delay_logic(
+                number, self.target, self.config, self._state, self.now
+            )
+            bounds = self.config.min_replicas, self.config.max_replicas
+            self.target = max(bounds[0], min(bounds[1], number))
+            targets.append(self.target)
+        return targets
+
+    def _context(self, share: ReplicaLoad, running: int) -> Any:
+        metrics = {
+            name: {index: [SimpleNamespace(value=value)] for index in range(running)}
+            for name, value in vars(share).items()
+        }
+        return SimpleNamespace(
+            current_time=self.now,
+            current_num_replicas=running,
+            target_num_replicas=self.target,
+            total_queued_requests=0.0,
+            raw_metrics=metrics,
+            config=self.config,
+        )
+
+
+def test_up_at_once_and_not_again_while_they_load() -> None:
+    controller = Controller()
+    assert set(controller.run(5, lambda _: load(4, 16), running=1)) == {5}
+    assert controller.run(1, lambda _: load(4, 60), running=1)[-1] == 8  # the bound
+
+
+def test_a_lull_does_not_decide_a_scale_down() -> None:
+    controller = Controller(downscale_delay_s=10)
+    controller.run(1, lambda _: load(4, 16), running=1)
+    assert set(controller.run(5, lambda _: load(2), running=5)) == {5}
+    assert set(controller.run(4, lambda _: IDLE, running=5)) == {5}
+    assert controller.run(1.5, lambda _: load(1), running=5)[-1] == 4  # 10 of 16 slots, not 5
+
+
+def test_load_that_comes_and_goes_within_the_delay_keeps_its_replicas() -> None:
+    controller = Controller(downscale_delay_s=10)
+    controller.run(1, lambda _: load(4, 16), running=1)
+    for _ in range(5):
+        assert set(controller.run(8, lambda _: IDLE, running=5)) == {5}
+        assert set(controller.run(1, lambda target: load(20 / target), running=5)) == {5}
+
+
+def test_to_zero_after_its_delay() -> None:
+    controller = Controller(downscale_delay_s=1, downscale_to_zero_delay_s=4)
+    controller.run(1, lambda _: load(4, 16), running=1)
+    targets = controller.run(10, lambda _: IDLE, running=5)
+    assert sorted(set(targets), reverse=True) == [5, 1, 0]
+    assert 38 <= targets.count(1) <= 42
+
+
+def test_metrics_of_a_replica_that_has_not_reported_all_are_left_out() -> None:
+    point = [SimpleNamespace(value=9.0), SimpleNamespace(value=1.0)]
+    metrics: Any = {name: {"a": point, "b": []} for name in vars(IDLE)}
+    assert latest_loads(metrics) == [ReplicaLoad(**dict.fromkeys(vars(IDLE), 1.0))]
+    assert latest_loads({"running": {"a": point}}) == []
+
+
+def test_the_controller_imports_nothing_of_ours() -> None:
+    source = Path(serve_app.autoscaling.__file__).read_text()
+    assert not re.search(r"^\s*(from|import) (engine|kernels|serve_app)", source, re.MULTILINE)
+
+
+# -- what a replica reports ---------------------------------------------------------------------
+
+
+def test_a_meter_measures_while_sequences_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 50.0
+    monkeypatch.setattr("serve_app.autoscaling_stats.time.monotonic", lambda: now)
+    meter = LoadMeter(slots=4)
+    for step in range(1, 31):
+        now += 0.1
+        stats = EngineStats(
+            num_running=4,
+            num_waiting=3,
+            num_waiting_tokens=60,
+            oldest_waiting_s=0.7,
+            num_admitted=2 * step,
+            num_prompt_tokens=40 * step,
+            num_steps=step,
+        )
+        read = meter.read(stats, 9, now)
+        if step == 5:
+            assert (read.drained_per_s, read.drained_tokens_per_s) == (0, 0)  # too early to tell
+    assert read.drained_per_s == pytest.approx(20)
+    assert read.drained_tokens_per_s == pytest.approx(400)
+    assert (read.running, read.waiting, read.waiting_tokens, read.slots) == (4, 5, 60, 4)
+    assert read.oldest_waiting_s == 0.7
+    now += 60  # idle, then another engine, which counts from zero
+    for num_steps, num_waiting in ((40, 0), (1, 3)):
+        stats = EngineStats(num_steps=num_steps, num_waiting=num_waiting)
+        assert meter.read(stats, 0, now).drained_per_s == pytest.approx(20)
+
+
+# -- settings -----------------------------------------------------------------------------------
+
+
+def test_the_example_in_serve_config_is_what_max_replicas_does() -> None:
+    text = (Path(serve_app.__file__).parent / "serve_config.yaml").read_text()
+    example = re.search(r"^    # deployments:.*\Z", text, re.MULTILINE | re.DOTALL)
+    assert example is not None
+    uncommented = yaml.safe_load(re.sub(r"^    # ?", "", example[0], flags=re.MULTILINE))
+    (deployment,) = uncommented["deployments"]
+    settings = deployment["autoscaling_config"]["policy"].pop("policy_kwargs")
+    assert QueueDepthSettings(**settings) == QueueDepthSettings()
+    plan = make_plan(max_replicas=3)
+    assert plan.serve_config["applications"][0]["deployments"] == [deployment]
+    assert plan.num_replicas == 3
+    to_schema(plan.serve_config)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"num_replicas": 2, "max_replicas": 3}, "--num-replicas 2 fixes .* --max-replicas 3"),
+        ({"num_replicas": 2, "min_replicas": 0}, "--num-replicas 2 fixes .* --min-replicas 0"),
+        ({"min_replicas": 0}, "--min-replicas 0 needs --max-replicas"),
+        ({"min_replicas": 3, "max_replicas": 2}, "--min-replicas is 3 and --max-replicas is 2"),
+    ],
+)
+def test_contradictions_are_refused_by_name(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        make_plan(**options)
+
+
+def test_options_win_over_the_file_s_scaling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = make_plan(max_replicas=4).serve_config
+    (deployment,) = config["applications"][0]["deployments"]
+    deployment["autoscaling_config"] |= {"downscale_delay_s": 5, "initial_replicas": 2}
+    (tmp_path / "serve_config.yaml").write_text(yaml.safe_dump(config))
+    plan = make_plan(min_replicas=0, max_replicas=1)
+    (deployment,) = plan.serve_config["applications"][0]["deployments"]
+    scaling = deployment["autoscaling_config"]
+    assert (scaling["min_replicas"], scaling["initial_replicas"], plan.num_replicas) == (0, 1, 1)
+    assert scaling["downscale_delay_s"] == 5
+    deployment["autoscaling_config"] |= {"min_replicas": 0, "initial_replicas": 0}
+    (tmp_path / "serve_config.yaml").write_text(yaml.safe_dump(plan.serve_config))
+    (deployment,) = make_plan().serve_config["applications"][0]["deployments"]
+    assert deployment["autoscaling_config"]["initial_replicas"] == 1
+    with pytest.raises(ConfigError, match=r"which autoscaling_config in .* scales"):
+        make_plan(num_replicas=2)

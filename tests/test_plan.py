@@ -1,0 +1,253 @@
+"""`manta plan` predicts what a loaded model takes, from a config.json alone."""
+
+import json
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from engine.config import EngineConfig
+from engine.kv_cache import KVCache, bytes_per_block
+from engine.models import load_decoder, load_spec
+from engine.models.footprint import checkpoint_bytes, footprint
+from engine.models.rank_weights import RankWeights
+from engine.models.sharding import Shard
+from engine.parallel import ParallelGroup
+from engine.weights.checkpoint import Checkpoint
+from engine.worker import Worker
+from serve_app.cli import app
+from serve_app.plan import RANK_BYTES, Device, Planner
+from serve_app.plan_gpus import Memory, read_size
+from tests.tiny_models import FAMILIES, TinyModel, tiny_model
+from tools import sizing
+
+CONTEXT = 128
+AWQ: Any = {"hidden_size": 64, "intermediate_size": 128}  # whole groups of 32, also over two ranks
+MODELS: dict[str, Callable[[], TinyModel]] = {
+    **{family: partial(tiny_model, family) for family in FAMILIES},
+    "tied": partial(tiny_model, "llama", tie_word_embeddings=True),
+    "awq": partial(tiny_model, "llama", 32, **AWQ),
+    "awq with biases": partial(tiny_model, "qwen2", 32, **AWQ),
+}
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def num_bytes(value: Any, seen: set[int]) -> int:
+    """Of every tensor in an object, each counted once."""
+    if isinstance(value, Tensor):
+        known = id(value) in seen
+        seen.add(id(value))
+        return 0 if known else value.numel() * value.element_size()
+    if isinstance(value, tuple | list):
+        return sum(num_bytes(part, seen) for part in value)
+    if isinstance(value, dict):
+        return num_bytes(list(value.values()), seen)
+    if is_dataclass(value):
+        return sum(num_bytes(getattr(value, field.name), seen) for field in fields(value))
+    return num_bytes(vars(value), seen) if hasattr(value, "__dict__") else 0
+
+
+# -- predictions and what is so ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.usefixtures("kernels")
+def test_weights_of_a_loaded_model(name: str, dtype: torch.dtype) -> None:
+    model = MODELS[name]()
+    spec = load_spec(model.path)
+    decoder = load_decoder(
+        model.path,
+        spec,
+        dtype=dtype,
+        device="cpu",
+        group=ParallelGroup(),
+        session_len=CONTEXT,
+    )
+    predicted = footprint(spec, tp=1, dtype=dtype, device="cpu", session_len=CONTEXT)
+    assert predicted.weights == num_bytes(decoder, set())
+    table = 2 * CONTEXT * decoder.cos.shape[-1] * dtype.itemsize
+    assert predicted.read_per_step <= predicted.weights - table
+    if name == "llama":  # with an embedding apart from its head
+        embed = spec.vocab_size * spec.hidden_size * dtype.itemsize
+        assert predicted.read_per_step == predicted.weights - table - embed
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "awq", "awq with biases"])
+def test_weights_of_each_of_two_ranks(name: str) -> None:
+    model = MODELS[name]()
+    spec = load_spec(model.path)
+    predicted = footprint(spec, tp=2, dtype=FP32, device="cpu", session_len=CONTEXT).weights
+    for rank in range(2):
+        with Checkpoint(model.path) as checkpoint:
+            weights = RankWeights(checkpoint, spec, Shard.of(spec, rank, 2), FP32, "cpu", False)
+            loaded = num_bytes(dict(weights), set())
+        assert predicted == loaded + 2 * CONTEXT * spec.head_dim * FP32.itemsize
+
+
+def test_gpus_keep_int4_dequantised_today() -> None:
+    """As float32 does on a CPU, which the test above has loaded; a GPU in 16 bits takes half."""
+    spec = load_spec(MODELS["awq"]().path)
+
+    def weights(device: str, dtype: torch.dtype, int4: bool = False) -> int:
+        return footprint(
+            spec, tp=1, dtype=dtype, device=device, session_len=CONTEXT, int4=int4
+        ).weights
+
+    assert weights("cuda", FP32) == weights("cpu", FP32) == 2 * weights("cuda", torch.float16)
+    assert weights("cuda", torch.float16, int4=True) < 0.6 * weights("cuda", torch.float16)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bytes_on_disk_without_the_files(name: str) -> None:
+    model = MODELS[name]()
+    with Checkpoint(model.path) as checkpoint:
+        expected = sum(
+            checkpoint.read(tensor).numel() * (4 if found.dtype in ("F32", "I32") else 2)
+            for tensor, found in checkpoint.tensors.items()
+        )
+    spec = load_spec(model.path)
+    assert (spec.dtype, checkpoint_bytes(spec)) == ("float32", expected)
+
+
+@pytest.mark.parametrize("share", [0.8, 0.03, 12])
+def test_blocks_of_a_worker(share: float | int, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = MODELS["llama"]().path
+    spec, session_len = load_spec(path), 32
+    config = EngineConfig(
+        model=str(path),
+        device="cpu",
+        dtype="float32",
+        session_len=session_len,
+        max_num_seqs=3,
+        cache_max_entry_count=share,
+        weights_cache=None,
+    )
+    free = 1_000_000
+    weights = footprint(spec, tp=1, dtype=FP32, device="cpu", session_len=session_len).weights
+    memory = Memory("machine", RANK_BYTES + weights + free, None)
+    monkeypatch.setattr("engine.worker.free_memory", lambda device: free)
+    worker = Worker(config, ParallelGroup())
+    (plan,) = Planner(spec, config, "cpu").plan(memory, num_gpus=1).rows
+    assert plan.free_bytes == free
+    assert plan.kv_tokens == worker.num_blocks * worker.block_size
+    assert plan.num_sequences == min(3, worker.num_blocks // 2)
+    cache = KVCache.allocate(spec, worker.num_blocks, worker.block_size, FP32, "cpu", 1)
+    assert num_bytes(cache, set()) == plan.kv_tokens * plan.kv_bytes_per_token
+    assert plan.kv_bytes_per_token * 16 == bytes_per_block(spec, 16, FP32, 1)
+
+
+# -- the arithmetic ----------------------------------------------------------------------------
+
+
+def test_the_bound_is_bandwidth_over_bytes_read() -> None:
+    path = MODELS["llama"]().path
+    spec, config = load_spec(path), EngineConfig(model=str(path), max_num_seqs=4, dtype="float32")
+    (plan, *_) = Planner(spec, config, "cuda").plan(Memory("gpu", 2 * RANK_BYTES, 1e9)).rows
+    read = footprint(spec, tp=1, dtype=FP32, device="cuda", session_len=CONTEXT).read_per_step
+    kv = CONTEXT * plan.kv_bytes_per_token
+    assert plan.decode_bound == 1e9 / (read + kv)
+    assert plan.decode_bound_all == 4e9 / (read + 4 * kv)
+
+
+def test_ranks_of_a_cpu_share_its_memory_and_gpus_do_not() -> None:
+    path = MODELS["llama"]().path
+    spec, config = load_spec(path), EngineConfig(model=str(path), dtype="float32")
+    memory = Memory("any", 8 * RANK_BYTES, None)
+    sharing_of: dict[Device, int] = {"cpu": 2, "cuda": 1}
+    for device, sharing in sharing_of.items():
+        row = Planner(spec, config, device).plan(memory, num_gpus=2).rows[-1]
+        assert row.tp == 2
+        assert row.free_bytes == memory.num_bytes - sharing * (RANK_BYTES + row.weight_bytes)
+
+
+def test_sizes() -> None:
+    assert read_size("80GiB") == 80 * 1024**3
+    assert read_size("1.5GB") == 1_500_000_000
+
+
+# -- the command -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config_alone(tmp_path: Path) -> Path:
+    path = tmp_path / "some-model-awq"
+    path.mkdir()
+    config = MODELS["awq"]().config()
+    (path / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    return path
+
+
+def run(*args: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["plan", *map(str, args)], terminal_width=200)
+    return result.exit_code, result.output
+
+
+def test_a_config_is_enough(config_alone: Path) -> None:
+    code, text = run(config_alone / "config.json", "--gpu", "T4-16GB", "--gpus", 4)
+    assert code == 0
+    assert text.startswith("some-model-awq: 2 layers, 4 heads on 2, int4 in groups of 32;")
+    assert "dequantised to 16 bits" in text
+    assert "bounds, not forecasts" in text
+    assert "--tp 1 fits: 256 sequences of 128 tokens." in text
+    assert "PACKED" in run(config_alone, "--gpu", "T4-16GB", "--int4")[1]
+
+
+def test_json(config_alone: Path) -> None:
+    code, text = run(config_alone, "--memory", "16GiB", "--gpus", 2, "--session-len", 64, "--json")
+    plan = json.loads(text)
+    assert code == 0
+    assert (plan["best_tp"], plan["session_len"], plan["dtype"]) == (1, 64, "float16")
+    assert [(row["tp"], row["num_replicas"]) for row in plan["plans"]] == [(1, 2), (2, 1)]
+    assert plan["plans"][0]["decode_bound"] is None
+    assert plan["checkpoint_bytes"] == checkpoint_bytes(load_spec(config_alone))
+    index = {"metadata": {"total_size": 123}, "weight_map": {}}
+    (config_alone / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert json.loads(run(config_alone, "--cpu", "--json")[1])["checkpoint_bytes"] == 123
+
+
+def test_what_does_not_fit_ends_with_1(config_alone: Path) -> None:
+    code, text = run(config_alone, "--memory", "500MiB")
+    assert code == 1
+    assert "fits: the weights leave no room" in text
+    code, text = run(config_alone, "--memory", "16GiB", "--cache-max-entry-count", 2)
+    assert code == 0
+    code, text = run(config_alone, "--cpu", "--cache-max-entry-count", 2)
+    assert code == 1
+    assert "holds 32 (--session-len)" in text
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        ([], "--gpu H100-80GB, --memory 80GiB or --cpu"),
+        (["--gpu", "H100"], "did you mean 'H100-80GB'"),
+        (["--gpu", "T4-16GB", "--memory", "1GiB"], "--memory and --bandwidth describe"),
+        (["--memory", "80"], "a size such as 80GiB"),
+        (["--cpu", "--int4"], "drop --gpu"),
+        (["--cpu", "--session-len", 1000], "beyond the 128 positions"),
+        (["--cpu", "--dtype", "float16"], "float16 needs a GPU"),
+    ],
+)
+def test_refusals(config_alone: Path, args: list[object], reason: str) -> None:
+    code, text = run(config_alone, *args)
+    assert code == 1
+    assert reason in text
+    assert text.count("\n") == 1
+
+
+def test_an_engine_config_is_planned_with_its_numbers(config_alone: Path, tmp_path: Path) -> None:
+    engine = tmp_path / "engine.yaml"
+    engine.write_text("model: elsewhere\nsession_len: 32\nmax_num_seqs: 7\n")
+    text = run(config_alone, "--memory", "16GiB", "--config", engine)[1]
+    assert "--tp 1 fits: 7 sequences of 32 tokens." in text
+
+
+def test_the_sizing_table_of_the_docs_is_todays() -> None:
+    assert sizing.PAGE.read_text() == sizing.page(), "run python -m tools.sizing"
