@@ -5,8 +5,7 @@ node that joins reads it and starts a task on a node named there, which sends th
 through the object stores: it needs an idle worker there, no engine. Pieces belong to the receiver,
 so they are freed as it writes them, and when it dies.
 
-A Serve deployment actor could keep the directory, but Serve (2.60) starts no replica before such
-actors run, and gives each version of the application new ones, which would know nothing.
+docs/architecture.md says why no Serve deployment actor does this.
 """
 
 import json
@@ -42,7 +41,7 @@ from engine.weights.peers import Parcel, PeerError, Piece
 
 logger = logging.getLogger(__name__)
 
-NAMESPACE = "manta-weights"
+NAMESPACE = "manta-weights-1"  # counts the forms of Announcement
 PIECE_BYTES = 32 << 20
 PIECES_AHEAD = 2  # in the sender's object store; the receiver's holds two more
 SILENCE_S = 60.0  # a peer that sends nothing for so long is given up
@@ -112,7 +111,7 @@ class RayPeers:
     def origin(self, checkpoint: Path) -> Origin:
         """The checkpoint on this node, else the version last read elsewhere, its settings here."""
         self._origin = Origin.at(checkpoint)
-        if not self._origin.files:
+        if not self._origin.has_weights:
             self._origin = self._elsewhere() or self._origin
         return self._origin
 
@@ -148,9 +147,9 @@ class RayPeers:
 
     def _announced(self) -> list[tuple[str, Announcement]]:
         """By nodes that live, each with its id; what dead ones announced is forgotten."""
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
         found = []
         try:
+            alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
             for key in _internal_kv_list(self._prefix, namespace=NAMESPACE):
                 node = key.decode().rsplit("\n", 1)[1]
                 if node not in alive:
