@@ -15,8 +15,7 @@ import random
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from ray.experimental.internal_kv import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from engine.config import EngineConfig
+from engine.weights.ahead import ahead
 from engine.weights.cache_entry import CacheEntry, Key, Manifest
 from engine.weights.origin import Fingerprint, Origin, settings_files
 from engine.weights.own_directory import create_own
@@ -78,7 +78,7 @@ class RayPeer:
             _generator_backpressure_num_objects=PIECES_AHEAD,
         )
         stream = task.remote(self.data, dict(key))
-        pieces = _ahead(stream)
+        pieces = ahead(_items(stream))
         try:
             manifest = next(pieces, None)
             if not isinstance(manifest, Manifest):
@@ -225,24 +225,16 @@ def _on(node: str, task: Callable[..., Any], **options: Any) -> Any:
     return remote.options(num_cpus=0, max_retries=0, scheduling_strategy=affinity, **options)
 
 
-def _ahead(stream: Stream) -> Generator[Any, None, None]:
-    """What it yields; the next is on its way while one is used."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(_next, stream)
-        while (item := coming.result()) is not None:
-            coming = pool.submit(_next, stream)
-            yield item
-
-
-def _next(stream: Stream) -> Any:
-    """None at the end; PeerError when the sender failed, died or says nothing."""
+def _items(stream: Stream) -> Iterator[Any]:
+    """What it yields; PeerError when the sender failed, died or says nothing."""
     try:
-        ready, _ = ray.wait([stream], timeout=SILENCE_S)
-        if not ready:
-            raise PeerError(f"it sent nothing for {SILENCE_S:.0f} s")
-        return ray.get(next(stream), timeout=SILENCE_S)
+        while True:
+            ready, _ = ray.wait([stream], timeout=SILENCE_S)
+            if not ready:
+                raise PeerError(f"it sent nothing for {SILENCE_S:.0f} s")
+            yield ray.get(next(stream), timeout=SILENCE_S)
     except StopIteration:
-        return None
+        return
     except RayError as error:
         raise PeerError(_reason(error)) from error
 
