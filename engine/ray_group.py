@@ -126,15 +126,17 @@ class EngineActor:
     def _start(self, loop: asyncio.AbstractEventLoop) -> EngineInfo | None:
         from engine.local_executor import LocalExecutor
         from engine.parallel import ParallelGroup
+        from engine.pipeline import PipelineExecutor
         from engine.worker import Worker
 
         config, group = self._config, self._group or ParallelGroup()
         peers = RayPeers.of(config)
         if self._rank > 0:
             worker = Worker(config, group, peers)
-            threading.Thread(target=_follow, args=(worker, group), daemon=True).start()
+            threading.Thread(target=_follow, args=(config, worker, group), daemon=True).start()
             return None
-        engine = Engine(config, LocalExecutor(config, group, peers))
+        make = LocalExecutor if config.pp == 1 else PipelineExecutor
+        engine = Engine(config, make(config, group, peers))
         self._batcher = RequestBatcher(
             engine,
             max_waiting_requests=config.max_waiting_requests,
@@ -291,14 +293,18 @@ def _kill(actors: list[Actor]) -> None:
         ray.kill(actor)
 
 
-def _follow(worker: "Worker", group: "ParallelGroup") -> None:
+def _follow(config: EngineConfig, worker: "Worker", group: "ParallelGroup") -> None:
     """Compute what rank 0 sends; a fault ends the process, which the owner's parked call sees."""
     from engine.local_executor import follow
+    from engine.pipeline import follow_stage
 
     try:
-        follow(worker, group)
+        if config.pp == 1:
+            follow(worker, group)
+        else:
+            follow_stage(config, worker, group)
     except Exception:
-        logger.exception("rank %d failed", group.rank)
+        logger.exception("rank %d failed", group.global_rank)
         os._exit(1)
 
 

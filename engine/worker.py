@@ -1,6 +1,7 @@
-"""Worker: one rank's weights, KV cache and, on rank 0, the sampler.
+"""Worker: one rank's weights, KV cache and, where tokens are drawn, the sampler.
 
-Computes the steps it is given; decides nothing about them.
+Computes its stage of the steps it is given; decides nothing about them. Tokens are drawn on rank 0
+of the last stage.
 """
 
 import json
@@ -13,6 +14,7 @@ import torch
 from engine.batch import PENDING, Batch, PromptScore, Sampling
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError
+from engine.executor import EngineInfo
 from engine.kv_cache import KVCache, bytes_per_block
 from engine.models import DecoderSpec, load_decoder, load_spec, resolve_dtype
 from engine.models.rope import DynamicRope
@@ -63,15 +65,38 @@ class Worker:
                 "max_cpu_cache_bytes)"
             )
         self._kv_cache = KVCache.allocate(
-            self.spec, self.num_blocks, self.block_size, self.dtype, self.device, group.size
+            self.spec,
+            self.num_blocks,
+            self.block_size,
+            self.dtype,
+            self.device,
+            group.size,
+            len(self._decoder.layers),
         )
         self._sampler = Sampler(
             self.spec.vocab_size, config.max_num_seqs, self.session_len, self.device
         )
 
-    @torch.inference_mode()
+    @property
+    def info(self) -> EngineInfo:
+        return EngineInfo(
+            vocab_size=self.spec.vocab_size,
+            session_len=self.session_len,
+            num_blocks=self.num_blocks,
+            block_size=self.block_size,
+            dtype=str(self.dtype).removeprefix("torch."),
+            device=self.device,
+            tp=self._group.size,
+            pp=self._group.num_stages,
+        )
+
     def execute(self, batch: Batch, sampling: Sampling | None) -> StepResult | None:
-        """Run one step; the result exists on rank 0, which alone is given `sampling`."""
+        """Run one step where all layers are here; the result exists on rank 0, as `sampling`."""
+        return self.finish(batch, self.forward(batch, None), sampling)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor:
+        """This stage's layers: [T, H] of the stage before (None: this is the first) -> [T, H]."""
         assert batch.input_ids.min() != PENDING, "this worker is not driven ahead"
         meta = AttentionMetadata.build(
             batch.query_start_loc,
@@ -82,15 +107,22 @@ class Worker:
             self.block_size,
             self.device,
         )
-        input_ids = torch.from_numpy(batch.input_ids).to(self.device, torch.int64)
+        if hidden is None:
+            hidden = torch.from_numpy(batch.input_ids).to(self.device, torch.int64)
         positions = torch.from_numpy(batch.positions).to(self.device, torch.int64)
-        hidden = self._decoder.forward(input_ids, positions, meta, self._kv_cache)
+        return self._decoder.forward(hidden, positions, meta, self._kv_cache)
+
+    @torch.inference_mode()
+    def finish(
+        self, batch: Batch, hidden: torch.Tensor, sampling: Sampling | None
+    ) -> StepResult | None:
+        """Draw and score tokens from the last stage's [T, H]; only its rank 0 has `sampling`."""
         indices = torch.from_numpy(batch.logit_indices).to(self.device, torch.int64)
         logits = self._decoder.logits(hidden[indices[: batch.num_sampled]])
         scored = self._score(hidden, indices[batch.num_sampled :], sampling)
         if sampling is None:
             return None
-        assert logits is not None, "logits are gathered on rank 0"
+        assert logits is not None, "logits are gathered on rank 0 of the stage"
         sampled = self._sampler.sample(logits, sampling.batch)
         return StepResult(sampled.token_ids, sampled.logprobs, scored, sampled.invalid)
 
@@ -115,18 +147,21 @@ class Worker:
         """
         if isinstance(config.cache_max_entry_count, int):
             return config.cache_max_entry_count
-        block_bytes = bytes_per_block(self.spec, self.block_size, self.dtype, self._group.size)
+        num_layers = len(self._decoder.layers)
+        block_bytes = bytes_per_block(
+            self.spec, self.block_size, self.dtype, self._group.size, num_layers
+        )
         free = max(0, free_memory(self.device) - mapped_bytes)
         budget = int(free * config.cache_max_entry_count)
         if self.device == "cpu":
-            budget = min(budget, config.max_cpu_cache_bytes) // self._group.size
+            budget = min(budget, config.max_cpu_cache_bytes) // self._group.num_ranks
         useful = config.max_num_seqs * -(-session_len // self.block_size)
         num_blocks = min(budget // block_bytes, useful)
         if num_blocks < 2:
             raise ConfigError(
                 f"no room for the KV cache: {free / 2**30:.1f} GiB are free on {self.device}, one "
                 f"block of {self.block_size} tokens takes {block_bytes / 2**20:.1f} MiB; raise "
-                "cache_max_entry_count or use more ranks (tp)"
+                "cache_max_entry_count or use more ranks (tp, pp)"
             )
         return num_blocks
 

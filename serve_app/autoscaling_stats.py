@@ -4,7 +4,6 @@ Knows neither Serve nor how replicas are counted.
 """
 
 import math
-import time
 
 from engine.outputs import EngineStats
 from serve_app.autoscaling import ReplicaLoad
@@ -22,12 +21,13 @@ class LoadMeter:
         self._last_time = 0.0
         self._seconds = self._sequences = self._tokens = 0.0  # faded sums
 
-    def read(self, stats: EngineStats, num_open: int) -> ReplicaLoad:
+    def read(self, stats: EngineStats, num_open: int, now: float) -> ReplicaLoad:
         """`num_open` counts what is on its way to the engine as well, or waits for another one.
 
-        Call it at regular times: rates are taken from one call to the next.
+        `now` is on the clock of EngineRequest.arrival_time. Call it at regular times: rates are
+        taken from one call to the next.
         """
-        self._measure(stats, time.monotonic())
+        self._measure(stats, now)
         running = min(stats.num_running, num_open)
         measured = self._seconds >= ENOUGH_S
         return ReplicaLoad(
@@ -44,8 +44,9 @@ class LoadMeter:
     def _measure(self, stats: EngineStats, now: float) -> None:
         last, seconds = self._last, now - self._last_time
         self._last, self._last_time = stats, now
-        if not last.num_waiting or not stats.num_waiting or stats.num_steps < last.num_steps:
-            return  # nobody waited all the time, or another engine counts from zero
+        waited = last.num_waiting and stats.num_waiting
+        if not waited or seconds <= 0 or stats.num_steps < last.num_steps:
+            return  # or the clock was set, or another engine counts from zero
         kept = math.exp(-seconds / MEMORY_S)
         self._seconds = self._seconds * kept + seconds
         self._sequences = self._sequences * kept + stats.num_admitted - last.num_admitted

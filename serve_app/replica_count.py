@@ -34,29 +34,22 @@ def set_replicas(
     ConfigError when they contradict each other or the file.
     """
     scaling = deployment.get("autoscaling_config")
+    options = {"min_replicas": least, "max_replicas": most}
+    given = {key: value for key, value in options.items() if value is not None}
     if fixed is not None:
-        _check_fixed(fixed, least, most, scaling, path)
+        _check_fixed(fixed, given, scaling, path)
         deployment["num_replicas"] = fixed
-    if least is None and most is None:
         return
-    if most is None and not isinstance(scaling, dict):
-        raise ConfigError(
-            f"--min-replicas {least} needs --max-replicas: {path} has a fixed number of replicas"
-        )
-    scaling = dict(scaling if isinstance(scaling, dict) else AUTOSCALING)
-    if most is not None:
-        scaling["max_replicas"] = most
-    if least is not None:
-        scaling["min_replicas"] = least
-    least, most = scaling.get("min_replicas", 1), scaling.get("max_replicas", 1)
-    if least > most:
-        raise ConfigError(
-            f"--min-replicas is {least} and --max-replicas is {most}; raise the latter"
-        )
-    # One at the start in any case: whether the model loads is known before a client asks.
-    scaling["initial_replicas"] = min(most, max(scaling.get("initial_replicas") or 1, least))
-    deployment["autoscaling_config"] = scaling
-    deployment.pop("num_replicas", None)
+    if not isinstance(scaling, dict):
+        if not given:
+            return
+        if most is None:
+            raise ConfigError(
+                f"--min-replicas {least} needs --max-replicas: {path} has a fixed number of them"
+            )
+        scaling = AUTOSCALING
+        deployment.pop("num_replicas", None)
+    deployment["autoscaling_config"] = scaling | _bounds(scaling, given)
 
 
 def max_replicas(deployment: dict[str, Any]) -> int:
@@ -68,17 +61,31 @@ def max_replicas(deployment: dict[str, Any]) -> int:
     return number if isinstance(number, int) else 1
 
 
-def _check_fixed(
-    fixed: int, least: int | None, most: int | None, scaling: object, path: Path
-) -> None:
-    if least is not None or most is not None:
-        name, number = ("--max-replicas", most) if least is None else ("--min-replicas", least)
+def _check_fixed(fixed: int, given: dict[str, int], scaling: object, path: Path) -> None:
+    for key, number in given.items():
         raise ConfigError(
-            f"--num-replicas {fixed} fixes the number of replicas and {name} {number} scales it; "
-            "give one of them"
+            f"--num-replicas {fixed} fixes the number of replicas and --{key.replace('_', '-')} "
+            f"{number} scales it; give one of them"
         )
     if scaling is not None:
         raise ConfigError(
             f"--num-replicas {fixed} fixes the number of replicas, which autoscaling_config in "
             f"{path} scales; give --min-replicas and --max-replicas, or take it out"
         )
+
+
+def _bounds(scaling: dict[str, Any], given: dict[str, int]) -> dict[str, Any]:
+    """`given` are the options; what the file alone has wrong is refused with the rest of it."""
+    bounds = {"min_replicas": 1, "max_replicas": 1, "initial_replicas": None} | scaling | given
+    least, most = bounds["min_replicas"], bounds["max_replicas"]
+    if not isinstance(least, int) or not isinstance(most, int):
+        return given
+    if least > most and given:
+        raise ConfigError(
+            f"--min-replicas is {least} and --max-replicas is {most}; raise the latter"
+        )
+    # One at the start, also where none is needed: whether the model loads is known at once.
+    initial = bounds["initial_replicas"] or max(least, 1)
+    if given and isinstance(initial, int):
+        initial = min(most, max(initial, least))
+    return given | {"initial_replicas": initial}

@@ -266,7 +266,7 @@ def test_a_meter_measures_while_sequences_wait(monkeypatch: pytest.MonkeyPatch) 
             num_prompt_tokens=40 * step,
             num_steps=step,
         )
-        read = meter.read(stats, num_open=9)
+        read = meter.read(stats, 9, now)
         if step == 5:
             assert (read.drained_per_s, read.drained_tokens_per_s) == (0, 0)  # too early to tell
     assert read.drained_per_s == pytest.approx(20)
@@ -276,7 +276,7 @@ def test_a_meter_measures_while_sequences_wait(monkeypatch: pytest.MonkeyPatch) 
     now += 60  # idle, then another engine, which counts from zero
     for num_steps, num_waiting in ((40, 0), (1, 3)):
         stats = EngineStats(num_steps=num_steps, num_waiting=num_waiting)
-        assert meter.read(stats, num_open=0).drained_per_s == pytest.approx(20)
+        assert meter.read(stats, 0, now).drained_per_s == pytest.approx(20)
 
 
 # -- settings -----------------------------------------------------------------------------------
@@ -323,5 +323,9 @@ def test_options_win_over_the_file_s_scaling(
     scaling = deployment["autoscaling_config"]
     assert (scaling["min_replicas"], scaling["initial_replicas"], plan.num_replicas) == (0, 1, 1)
     assert scaling["downscale_delay_s"] == 5
+    deployment["autoscaling_config"] |= {"min_replicas": 0, "initial_replicas": 0}
+    (tmp_path / "serve_config.yaml").write_text(yaml.safe_dump(plan.serve_config))
+    (deployment,) = make_plan().serve_config["applications"][0]["deployments"]
+    assert deployment["autoscaling_config"]["initial_replicas"] == 1
     with pytest.raises(ConfigError, match=r"which autoscaling_config in .* scales"):
         make_plan(num_replicas=2)

@@ -57,9 +57,9 @@ def test_help_names_every_command_and_option() -> None:
     code, text = manta("serve", "--help")
     assert code == 0
     options = (
-        "--config --host --port --model-name --tp --num-replicas --min-replicas --max-replicas "
-        "--device --dtype --session-len --max-num-seqs --cache-max-entry-count --dashboard "
-        "--log-level"
+        "--config --host --port --model-name --tp --pp --placement --num-replicas --min-replicas "
+        "--max-replicas --device --dtype --session-len --max-num-seqs --cache-max-entry-count "
+        "--dashboard --log-level"
     )
     assert all(option in text for option in options.split())
 

@@ -180,6 +180,27 @@ def test_the_replica_says_what_it_is(running: RunningReplica) -> None:
     running.run(running.replica.check_health())
 
 
+def test_the_autoscaler_hears_of_every_open_sequence(running: RunningReplica) -> None:
+    """Also before the engine counts it; and of none once the last has ended."""
+    idle = running.replica.record_autoscaling_stats()
+    assert (idle["running"], idle["waiting"], idle["slots"]) == (0, 0, 256)
+
+    async def stats_meanwhile() -> dict[str, float]:
+        body = {**COMPLETION, "prompt": ["a"] * 8, "max_tokens": 64}
+        answer = asyncio.ensure_future(running.client.post("/v1/completions", json=body))
+        while not running.engine.num_open:
+            await asyncio.sleep(0)
+        stats: dict[str, float] = running.replica.record_autoscaling_stats()
+        assert (await answer).status_code == 200
+        return stats
+
+    stats = running.run(stats_meanwhile())
+    assert stats["running"] + stats["waiting"] == 8
+    assert all(isinstance(value, int | float) for value in stats.values())
+    assert running.engine.stats.num_running == running.engine.stats.num_waiting == 0
+    assert running.engine.stats.kv_cache_usage == 0
+
+
 def test_draining_waits_for_what_runs_and_ends_the_rest(
     ray_cluster: None, tiny_checkpoint: Path
 ) -> None:

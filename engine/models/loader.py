@@ -25,7 +25,7 @@ from engine.models.linear import (
 )
 from engine.models.rank_weights import Named, RankWeights
 from engine.models.rope import rotary_table
-from engine.models.sharding import Shard, check_tp
+from engine.models.sharding import Shard, check_pp, check_tp
 from engine.models.spec import DecoderSpec
 from engine.parallel import ParallelGroup
 from engine.weights.cache import WeightCache
@@ -53,6 +53,7 @@ def load_decoder(
     `session_len` is the number of positions to prepare; None: max_position_embeddings.
     """
     check_tp(spec, group.size)
+    check_pp(spec, group.num_stages)
     session_len = session_len or spec.max_position_embeddings
     origin = checkpoint if isinstance(checkpoint, Origin) else Origin.at(Path(checkpoint))
     source = _Source(origin, spec, group, dtype, device, int8_activations)
@@ -61,6 +62,10 @@ def load_decoder(
     else:
         weights = cache.load(source.name, source.key, source.read)
     return _Builder(weights, spec, group).decoder(dtype, device, session_len)
+
+
+def _shard(spec: DecoderSpec, group: ParallelGroup) -> Shard:
+    return Shard.of(spec, group.rank, group.size, group.stage, group.num_stages)
 
 
 class _Source:
@@ -77,15 +82,16 @@ class _Source:
     ) -> None:
         self._origin = origin
         self._spec = spec
-        self._shard = Shard.of(spec, group.rank, group.size)
+        self._shard = _shard(spec, group)
         self._packing = dtype, device, int8_activations
         # All that the packed weights depend on.
         self.key: dict[str, Any] = {
             "checkpoint": origin.checkpoint,
             "files": origin.files,
             "spec": repr(spec),
-            "rank": group.rank,
+            "rank": group.global_rank,
             "tp": group.size,
+            "pp": group.num_stages,
             "dtype": str(dtype),
             "device": device,
             "int8_activations": int8_activations,
@@ -98,7 +104,8 @@ class _Source:
         shared = {name: value for name, value in self.key.items() if name != "rank"}
         digest = hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
         model = re.sub(r"[^\w.-]", "_", Path(self._origin.checkpoint).name)[:80]
-        return f"{model}-{digest}.rank{self.key['rank']}-of-{self.key['tp']}"
+        num_ranks = self.key["tp"] * self.key["pp"]
+        return f"{model}-{digest}.rank{self.key['rank']}-of-{num_ranks}"
 
     def read(self) -> Iterator[Named]:
         """Check the checkpoint, then read and pack; CheckpointError when it changes meanwhile."""
@@ -133,24 +140,32 @@ class _Builder:
     ) -> None:
         self._weights = weights
         self._spec = spec
-        self._shard = Shard.of(spec, group.rank, group.size)
+        self._shard = _shard(spec, group)
         self._group = group
 
     def decoder(self, dtype: torch.dtype, device: str, session_len: int) -> Decoder:
-        spec, embed = self._spec, self._tensor("embed")
-        head = (
-            self._weight("head") if "head" in self._weights else DenseWeight(embed, reordered=False)
-        )
+        spec, shard = self._spec, self._shard
         cos, sin = rotary_table(spec.rope, spec.head_dim, session_len, dtype, device)
         return Decoder(
-            embed=VocabParallelEmbedding(embed, self._shard.vocab.start, self._group),
-            layers=tuple(self._layer(i, session_len) for i in range(spec.num_layers)),
-            norm=self._tensor("norm"),
-            head=VocabParallelHead(Linear(head), spec.vocab_size, self._group),
+            embed=self._embed() if shard.is_first else None,
+            layers=tuple(self._layer(i, session_len) for i in shard.layers),
+            norm=self._tensor("norm") if shard.is_last else None,
+            head=self._head() if shard.is_last else None,
             cos=cos,
             sin=signed_sin(sin),
             eps=spec.rms_norm_eps,
         )
+
+    def _embed(self) -> VocabParallelEmbedding:
+        return VocabParallelEmbedding(self._tensor("embed"), self._shard.vocab.start, self._group)
+
+    def _head(self) -> VocabParallelHead:
+        weight = (
+            self._weight("head")
+            if "head" in self._weights
+            else DenseWeight(self._tensor("embed"), reordered=False)
+        )
+        return VocabParallelHead(Linear(weight), self._spec.vocab_size, self._group)
 
     def _layer(self, index: int, session_len: int) -> DecoderLayer:
         name = f"layers.{index}"
