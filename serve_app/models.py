@@ -16,6 +16,7 @@ from serve_app.metrics import Metrics
 from serve_app.model_spec import ModelSpec
 from serve_app.protocol.models import ModelCard
 from serve_app.served_model import ServedModel, max_body_bytes
+from serve_app.tracing import RequestTracer
 
 if TYPE_CHECKING:
     from engine.tokenizer import Tokenizer
@@ -32,12 +33,14 @@ class OtherModel:
         engines: Engines,
         metrics: Metrics,
         session_len: int,
+        tracer: RequestTracer | None = None,
     ) -> None:
         self.spec = spec
         self.max_body_bytes = max_body_bytes(spec.limits, session_len)
         self.engines = engines
         self._created = created
         self._metrics = metrics
+        self._tracer = tracer
         self._tokenizer: asyncio.Task[Tokenizer] | None = None
 
     async def load(self) -> ServedModel:
@@ -48,7 +51,9 @@ class OtherModel:
         # Shielded: a client that leaves must not take it from others.
         tokenizer = await asyncio.shield(self._tokenizer)
         await self.engines.ready()
-        return ServedModel(self.spec, self._created, tokenizer, self.engines, self._metrics)
+        return ServedModel(
+            self.spec, self._created, tokenizer, self.engines, self._metrics, self._tracer
+        )
 
     def card(self) -> ModelCard:
         info = self.engines.last_info

@@ -29,6 +29,7 @@ from serve_app.metrics import Metrics
 from serve_app.model_spec import ModelSpec
 from serve_app.models import Models, OtherModel, load_tokenizer, settings_of
 from serve_app.served_model import ServedModel
+from serve_app.tracing import RequestTracer
 
 if TYPE_CHECKING:
     from engine.ray_group import EngineGroup
@@ -110,11 +111,11 @@ class LLMReplica(_Replica):
             await asyncio.wait([starting])  # until its actors are gone
             raise
         await starting
-        created = int(time.time())
+        created, tracer = int(time.time()), RequestTracer.create()
         self._models = Models(
-            ServedModel(spec, created, tokenizer, self._engines, self._metrics),
+            ServedModel(spec, created, tokenizer, self._engines, self._metrics, tracer),
             [
-                _other_model(other, created, handle)
+                _other_model(other, created, handle, tracer)
                 for other, handle in zip(others, handles, strict=True)
             ],
         )
@@ -185,14 +186,16 @@ async def _attach(handle: DeploymentHandle[Any]) -> Entry:
     return entry
 
 
-def _other_model(spec: ModelSpec, created: int, handle: DeploymentHandle[Any]) -> OtherModel:
+def _other_model(
+    spec: ModelSpec, created: int, handle: DeploymentHandle[Any], tracer: RequestTracer | None
+) -> OtherModel:
     from engine.models import load_spec
 
     longest = load_spec(settings_of(spec.config)).max_position_embeddings
     session_len = min(spec.config.session_len or longest, longest)
     metrics = Metrics(spec.name, session_len)
     engines = _engines(spec, metrics, handle=handle)
-    return OtherModel(spec, created, engines, metrics, session_len)
+    return OtherModel(spec, created, engines, metrics, session_len, tracer)
 
 
 def _calm_garbage_collector() -> None:

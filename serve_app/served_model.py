@@ -15,6 +15,7 @@ from serve_app.errors import invalid
 from serve_app.metrics import Metrics
 from serve_app.model_spec import Limits, ModelSpec
 from serve_app.protocol.messages import Message, to_template
+from serve_app.tracing import RequestTracer
 
 if TYPE_CHECKING:
     from engine.executor import EngineInfo
@@ -40,6 +41,7 @@ class ServedModel:
     tokenizer: "Tokenizer"
     engine: Engines
     metrics: Metrics
+    tracer: RequestTracer | None = None
 
     @property
     def name(self) -> str:
