@@ -52,6 +52,7 @@ bench: install
 	@$(VENV)/bin/python -m benchmarks.serving
 	@$(VENV)/bin/python -m benchmarks.cpu_engine
 	@$(VENV)/bin/python -m benchmarks.failover
+	@$(VENV)/bin/python -m benchmarks.routing
 	@$(VENV)/bin/python -m benchmarks.weights
 	@$(VENV)/bin/python -m benchmarks.report
 
