@@ -163,7 +163,7 @@ def test_otlp_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_otlp_reaches_a_collector(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http.trace_exporter")
     paths: list[str] = []
 
     class Collector(BaseHTTPRequestHandler):
