@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 RESOLVED_LATER = {  # settings whose default is None, and what the README says it comes to
     "session_len": "the checkpoint's",
     "block_size": "16 on CPU, 64 on GPU",
-    "num_threads": "cores / tp",
+    "num_threads": "cores / ranks there",
     "seed": "random",
 }
 NO_DISTRIBUTION = {"configs", "engine", "kernels", "serve_app"}  # this one

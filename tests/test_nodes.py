@@ -77,13 +77,10 @@ def owner() -> Iterator[Callable[..., Any]]:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("parallel", [{"tp": 2}, {"pp": 2}], ids=["tp=2", "pp=2"])
-def test_two_ranks_on_two_nodes(
-    nodes: dict[str, str], owner: Callable[..., Any], parallel: dict[str, int]
-) -> None:
+def test_two_ranks_on_two_nodes(nodes: dict[str, str], owner: Callable[..., Any]) -> None:
     """The owner is in the west, so rank 0 is too."""
     handle = owner([{"CPU": 1, "west": 1}, EAST, WEST])
-    placed = ray.get(handle.start.remote(config(num_threads=None, **parallel)))
+    placed = ray.get(handle.start.remote(config(tp=2, num_threads=None)))
     assert [node for node, _ in placed] == [nodes["west"], nodes["east"]]
     assert ray.get(handle.answers.remote()) == all_greedy()
 

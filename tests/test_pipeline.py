@@ -16,6 +16,7 @@ from engine.models import check_pp, load_spec, stage_layers
 from engine.outputs import SequenceOutput
 from tests.pipeline_rank import Job, everything, run_rank
 from tests.test_engine import prompts
+from tests.test_parallel import HAS_IPV6
 from tests.test_tensor_parallel import EVEN, free_port
 from tests.tiny_models import TinyModel, tiny_model
 
@@ -31,19 +32,20 @@ class Case:
     family: str = "llama"
     group_size: int | None = None
     model: tuple[tuple[str, Any], ...] = (("num_hidden_layers", 4),)
+    host: str = "127.0.0.1"
 
     def tiny(self) -> TinyModel:
         return tiny_model(self.family, self.group_size, **dict(self.model))
 
     def job(self) -> Job:
-        return Job(self.tp, self.pp, self.tiny().path, f"127.0.0.1:{free_port()}")
+        return Job(self.tp, self.pp, self.tiny().path, f"{self.host}:{free_port()}")
 
 
 AWQ = tuple({**EVEN, "attention_bias": True, "num_hidden_layers": 3}.items())
 CASES = {
     "two stages": Case(1, 2),
     "stages of 2, 1 and 1 layers": Case(1, 3),
-    "a layer each": Case(1, 4),
+    "a layer each": Case(1, 4, host="::1" if HAS_IPV6 else "127.0.0.1"),
     "two stages of two ranks": Case(2, 2),
     "tied": Case(2, 2, model=(("tie_word_embeddings", True),)),
     "awq": Case(2, 2, group_size=16, model=AWQ),
