@@ -177,6 +177,23 @@ def test_a_full_disk_costs_a_private_copy(
     assert [path.suffix for path in directory.iterdir()] == [".lock"]
 
 
+def test_a_large_file_is_synced_as_it_grows(
+    packed: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those who wait for its maker see it move."""
+    sizes: list[int] = []
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        sizes.append(os.fstat(descriptor).st_size)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(cache_entry, "SYNC_BYTES", PIECE)
+    load(directory, DiskPeer(packed))
+    assert sizes[:2] == [PIECE, 2 * PIECE]
+
+
 def _join(directory: Path, packed: Path, notes: Path) -> None:
     def slow(pieces: Iterator[Piece]) -> Iterator[Piece]:
         with (notes / "sent").open("a") as file:
