@@ -1,7 +1,7 @@
 """A fleet in simulated time: arrivals, a balancer, Serve's control loop around the real policy.
 
-What is real: Scheduler, BlockManager, admission, LoadMeter, QueueDepthPolicy and the delays that Serve
-puts on its answer. What is a formula: the GPU (simulated_replica.Gpu) and how long a replica
+What is real: Scheduler, BlockManager, admission, LoadMeter, QueueDepthPolicy and the delays that
+Serve puts on its answer. What is a formula: the GPU (simulated_replica.Gpu) and how long a replica
 takes to start. What is simple: requests go to the replica with the fewest open ones, as HAProxy's
 leastconn does; a scale-down takes the youngest replicas, which end what they have.
 """
@@ -158,7 +158,9 @@ class Fleet:
         loads = {key: load for replica in running if (load := self._loads.get(key := id(replica)))}
         names = ReplicaLoad.__dataclass_fields__
         metrics = {
-            name: {key: (SimpleNamespace(value=getattr(load, name)),) for key, load in loads.items()}
+            name: {
+                key: (SimpleNamespace(value=getattr(load, name)),) for key, load in loads.items()
+            }
             for name in names
         }
         context: Any = SimpleNamespace(

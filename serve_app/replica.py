@@ -79,7 +79,7 @@ class LLMReplica:
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What QueueDepthPolicy counts. Serve asks where there is an autoscaling_config."""
         engine = self._model.engine
-        return asdict(self._meter.read(engine.stats, engine.num_open, time.time()))
+        return asdict(self._meter.read(engine.stats, engine.num_open, time.monotonic()))
 
     async def drain(self, patience_s: float) -> None:
         """The server stops: open requests may end for so long, the rest ends with an error."""
