@@ -69,20 +69,19 @@ def desired_replicas(
     if not loads:
         return max(target, 1) if held else target
     num_open = held + sum(load.running + load.waiting for load in loads)
+    slots = _mean([load.slots for load in loads])
+    bound = num_open / max(1.0, LEAST_SHARE * slots)
     # One that filled just now ends nothing for a while; the fastest shows what each of them can.
     fastest = max(loads, key=lambda load: load.drained_per_s)
     if not fastest.drained_per_s:
-        busy = num_open / _mean([load.slots for load in loads])
-        least, most = busy, busy / settings.utilization
+        least, most = num_open / slots, bound
     else:
         drained = fastest.drained_per_s
         arriving = sum(load.arrived_per_s for load in loads) / drained
         queue = 0.0 if loading else _queue(loads, held, fastest) / (drained * settings.drain_s)
         # Halfway between full and `utilization`: before there is a queue, and not back and forth.
-        least = arriving / ((1 + settings.utilization) / 2) + queue
-        most = arriving / settings.utilization + queue
-    bound = num_open / max(1.0, LEAST_SHARE * _mean([load.slots for load in loads]))
-    least, most = min(least, bound), min(most, bound)
+        least = min(bound, arriving / ((1 + settings.utilization) / 2) + queue)
+        most = min(bound, arriving / settings.utilization + queue)
     return max(math.ceil(least), min(target, math.ceil(most)))
 
 
