@@ -7,6 +7,7 @@ an engine actor.
 import json
 import os
 import time
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +27,18 @@ class StubExecutor:
         self.info = info
         self._step_s = step_s
         self._num_steps = 0
+        self._num_sampled: deque[int] = deque()  # of each step in flight
 
-    def execute(self, batch: Batch, sampling: Sampling) -> StepResult:
+    def launch(self, batch: Batch, sampling: Sampling) -> None:
+        self._num_sampled.append(batch.num_sampled)
+
+    def collect(self) -> StepResult:
         if self._step_s:
             time.sleep(self._step_s)
         self._num_steps += 1
         # From the middle of the vocabulary: ordinary pieces of words, no special tokens.
         token_id = self.info.vocab_size // 4 + self._num_steps % (self.info.vocab_size // 4)
-        return StepResult(np.full(batch.num_sampled, token_id, dtype=np.int32))
+        return StepResult(np.full(self._num_sampled.popleft(), token_id, dtype=np.int32))
 
     def close(self) -> None:
         pass

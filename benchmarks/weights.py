@@ -1,28 +1,31 @@
-"""Engines of one node that share their packed weights, against engines that each load their own.
+"""Engines that share packed weights, on one node and on a second one, against own copies.
 
     python -m benchmarks.weights [--quick] [--runs 3] [--directory DIR]
 
 Engine actors of a local Ray cluster serve a random AWQ checkpoint of 1.1 GB. Memory is PSS, which
 divides a shared page by its users, after each engine has answered a prompt and so touched every
-weight. Start is the time from asking Ray for the actor until it would take a request.
+weight. Start is the time from asking Ray for the actor until it would take a request. The second
+node is a second raylet of this machine with a cache of its own, over loopback.
 """
 
 import argparse
 import asyncio
 import os
 import shutil
-import statistics
 import tempfile
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.cpu_engine import QUICK_SHAPE
+from benchmarks.engine_memory import engine_pids, forget, pss, read
 from benchmarks.random_checkpoint import LlamaShape, write_awq
 from benchmarks.record import Table, save, show
+from benchmarks.second_node import second_node
+from benchmarks.weight_loads import loads, summary
 from engine.config import EngineConfig
 from engine.sampling_params import SamplingParams
 from engine.sequence import EngineRequest
@@ -41,6 +44,7 @@ MOST_ENGINES = 3
 PROMPT_TOKENS = 64
 DECODE_STEPS = 32
 GOAL_COPIES = 1.3
+STORE_BYTES = 1 << 30
 RAY = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -54,6 +58,7 @@ class Paths:
     model: Path
     tiny: Path  # its engine is what an engine takes without weights
     cache: Path
+    second_home: Path  # of the second node's caches
 
     def packed(self) -> Path:
         (path,) = self.cache.glob(f"{self.model.name}-*.safetensors")
@@ -74,8 +79,10 @@ def main() -> None:
         paths = Paths(
             write_awq(directory / "random", shape),
             write_awq(directory / "tiny", TINY_SHAPE),
-            directory / "packed",
+            directory / "first" / "manta",
+            directory / "second",
         )
+        os.environ["XDG_CACHE_HOME"] = str(paths.cache.parent)
         tables = asyncio.run(_measure(paths, 1 if arguments.quick else arguments.runs))
     for table in tables:
         show(table)
@@ -85,12 +92,37 @@ def main() -> None:
 
 async def _measure(paths: Paths, runs: int) -> list[Table]:
     import ray
+    from ray.cluster_utils import Cluster
 
-    ray.init("local", include_dashboard=False, log_to_driver=False, num_cpus=MOST_ENGINES)
+    loading = loads(paths.model, paths.cache, runs)
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": MOST_ENGINES,
+            "object_store_memory": STORE_BYTES,
+            "include_dashboard": False,
+        },
+    )
+    ray.init(cluster.address, log_to_driver=False)
     try:
-        return [await _starts(paths, runs), await _memory(paths), await _steps(paths, runs)]
+        starts = await _starts(paths, runs)
+        memory, steps = await _memory(paths), await _steps(paths, runs)
+        cluster.add_node(
+            env_vars={"XDG_CACHE_HOME": str(paths.second_home)}, object_store_memory=STORE_BYTES
+        )
+        shared = replace(_config(paths.model, paths.cache), weights_cache="auto")
+        return [
+            starts,
+            await second_node(
+                paths.model, _config(paths.tiny, None), shared, paths.second_home, runs
+            ),
+            loading,
+            memory,
+            steps,
+        ]
     finally:
         ray.shutdown()
+        cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
 async def _starts(paths: Paths, runs: int) -> Table:
@@ -111,18 +143,15 @@ async def _starts(paths: Paths, runs: int) -> Table:
         for name, config in zip(
             names, (_config(paths.tiny, None), private, shared, shared, shared), strict=True
         ):
-            _read(paths.model / "model.safetensors")
+            read(paths.model / "model.safetensors")
             if name == names[-1]:
-                _forget(paths.packed())
+                forget(paths.packed())
             seconds[name].append(await _start_seconds(config))
-    rows: list[list[str | float]] = [
-        [name, statistics.median(each), min(each), max(each)] for name, each in seconds.items()
-    ]
     size = paths.packed().stat().st_size
     return Table(
         title="From actor start to ready, s",
         columns=["start", "median", "least", "most"],
-        rows=rows,
+        rows=summary(seconds),
         notes=[
             f"{size / 1e9:.2f} GB packed, {runs} starts of each kind in turns. Each contains "
             "Python's and torch's own start, which is the first row."
@@ -166,10 +195,7 @@ async def _steps(paths: Paths, runs: int) -> Table:
     return Table(
         title="Decode, 1 stream, ms per step",
         columns=["weights", "median", "least", "most"],
-        rows=[
-            [name, statistics.median(each), min(each), max(each)]
-            for name, each in milliseconds.items()
-        ],
+        rows=summary(milliseconds),
     )
 
 
@@ -203,7 +229,7 @@ async def _engines(config: EngineConfig, count: int) -> AsyncIterator[list["Engi
     finally:
         for group in groups:
             group.stop()
-        while _engine_pids():
+        while engine_pids():
             await asyncio.sleep(0.05)
 
 
@@ -227,47 +253,9 @@ async def _pss(config: EngineConfig, num_engines: int) -> int:
     async with _engines(config, num_engines) as groups:
         for group in groups:
             await _answer(group)
-        pids = _engine_pids()
+        pids = engine_pids()
         assert len(pids) == num_engines
-        return sum(_rollup(pid, "Pss") for pid in pids)
-
-
-def _rollup(pid: int, name: str) -> int:
-    """One number of /proc/PID/smaps_rollup, in bytes."""
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(name)
-
-
-def _engine_pids() -> list[int]:
-    """Actors of this process's own cluster: children of its children, by Ray's process title."""
-    found = []
-    for directory in Path("/proc").glob("[0-9]*"):
-        pid = int(directory.name)
-        with suppress(OSError):  # it ended meanwhile
-            title = (directory / "cmdline").read_bytes()
-            if title.startswith(b"ray::EngineActor") and _parent(_parent(pid)) == os.getpid():
-                found.append(pid)
-    return found
-
-
-def _parent(pid: int) -> int:
-    """From /proc/PID/stat, in which the name may hold spaces."""
-    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-
-
-def _read(path: Path) -> None:
-    """Into the page cache."""
-    with path.open("rb") as file:
-        while file.read(1 << 24):
-            pass
-
-
-def _forget(path: Path) -> None:
-    """Out of the page cache, which a file that nobody maps can leave."""
-    with path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return pss(pids)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Engine: the loop body. Requests in, one step at a time, outputs out; single-threaded.
 
-    step:  schedule → build → execute → update
+    step:  schedule → build → launch, while there is room in flight; then collect → update
 
 Knows no text, no HTTP, no processes.
 """
+
+from collections import deque
 
 from engine.batch import Batch, Sampling
 from engine.block_manager import BlockManager
@@ -11,7 +13,7 @@ from engine.config import EngineConfig
 from engine.errors import InvalidRequestError
 from engine.executor import EngineInfo, Executor
 from engine.outputs import EngineStats, SequenceOutput
-from engine.scheduler import Scheduler
+from engine.scheduler import ScheduledBatch, Scheduler
 from engine.sequence import EngineRequest
 
 
@@ -27,7 +29,9 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             session_len=self.info.session_len,
             seed=config.seed,
+            num_stages=self.info.pp,
         )
+        self._in_flight: deque[ScheduledBatch] = deque()  # launched, the oldest first
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request; InvalidRequestError when it could never be served."""
@@ -41,7 +45,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or bool(self._in_flight)
 
     @property
     def num_waiting(self) -> int:
@@ -52,15 +56,24 @@ class Engine:
         return self.scheduler.num_waiting_tokens
 
     def step(self) -> list[SequenceOutput]:
-        """Compute one step; at least one sequence advances while there is work."""
-        scheduled = self.scheduler.schedule()
-        assert scheduled.seqs, "step() needs work"
-        sampling = Sampling.build(scheduled)
-        batch = Batch.build(
-            scheduled, self.scheduler.block_tables, self.info.block_size, sampling.scores
-        )
-        result = self.executor.execute(batch, sampling)
-        return self.scheduler.update(scheduled, result)
+        """Finish the oldest step in flight, after launching as many as the stages can hold.
+
+        At least one sequence advances while there is work.
+        """
+        while len(self._in_flight) < self.info.pp and (scheduled := self.scheduler.schedule()).seqs:
+            sampling = Sampling.build(scheduled)
+            batch = Batch.build(
+                scheduled, self.scheduler.block_tables, self.info.block_size, sampling.scores
+            )
+            self.executor.launch(batch, sampling)
+            self._in_flight.append(scheduled)
+        assert self._in_flight, "step() needs work"
+        result = self.executor.collect()
+        return self.scheduler.update(self._in_flight.popleft(), result)
+
+    def cached_prefixes(self, limit: int) -> list[int]:
+        """What engine.prefix.prefix_hashes gives of prompts whose keys and values are cached."""
+        return self.scheduler.cached_prefixes(limit)
 
     def stats(self) -> EngineStats:
         return self.scheduler.stats()

@@ -1,4 +1,7 @@
-"""Executor: the seam between scheduling and computing. One method; tests and benchmarks fake it."""
+"""Executor: the seam between scheduling and computing; tests and benchmarks fake it.
+
+A step is launched and its result collected. Up to `info.pp` steps are in flight between the two.
+"""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,13 +21,18 @@ class EngineInfo:
     dtype: str
     device: str
     tp: int
+    pp: int = 1
 
 
 class Executor(Protocol):
     info: EngineInfo
 
-    def execute(self, batch: Batch, sampling: Sampling) -> StepResult:
-        """Compute one step on all ranks; blocks until the sampled tokens are known."""
+    def launch(self, batch: Batch, sampling: Sampling) -> None:
+        """Start one step on all ranks; it sees what the steps launched before it wrote."""
+        ...
+
+    def collect(self) -> StepResult:
+        """The result of the oldest step in flight; blocks until the sampled tokens are known."""
         ...
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""KVCache: one rank's keys and values of every layer, in blocks.
+"""KVCache: one rank's keys and values of each of its layers, in blocks.
 
 Which block belongs to which sequence is the scheduler's affair.
 """
@@ -32,16 +32,28 @@ class KVCache:
         dtype: torch.dtype,
         device: str,
         tp: int,
+        num_layers: int | None = None,
     ) -> "KVCache":
-        """Zeroed, so that a never written slot cannot hold a NaN that survives masking."""
+        """For `num_layers` of the model's layers; None: all.
+
+        Zeroed, so that a never written slot cannot hold a NaN that survives masking.
+        """
         shape = (num_blocks, 2 * num_rank_kv_heads(spec, tp), block_size, spec.head_dim)
-        return cls(tuple(_zeros(shape, dtype, device) for _ in range(spec.num_layers)))
+        return cls(
+            tuple(_zeros(shape, dtype, device) for _ in range(num_layers or spec.num_layers))
+        )
 
 
-def bytes_per_block(spec: "DecoderSpec", block_size: int, dtype: torch.dtype, tp: int) -> int:
-    """Bytes that one block takes on each rank, over all layers."""
+def bytes_per_block(
+    spec: "DecoderSpec",
+    block_size: int,
+    dtype: torch.dtype,
+    tp: int,
+    num_layers: int | None = None,
+) -> int:
+    """Bytes that one block takes on each rank, over its layers (None: all)."""
     values = block_size * num_rank_kv_heads(spec, tp) * spec.head_dim
-    return 2 * spec.num_layers * values * dtype.itemsize
+    return 2 * (num_layers or spec.num_layers) * values * dtype.itemsize
 
 
 def num_rank_kv_heads(spec: "DecoderSpec", tp: int) -> int:

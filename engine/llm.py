@@ -56,10 +56,11 @@ class LLM:
 
     def __init__(self, model: str, **config: Any) -> None:
         self.config = EngineConfig.from_dict({"model": model, **config}, "LLM")
-        if self.config.tp > 1:
+        if self.config.num_ranks > 1:
+            tp, pp = self.config.tp, self.config.pp
             raise ConfigError(
-                f"LLM runs in one process (tp=1), got tp={self.config.tp}; `manta serve --tp "
-                f"{self.config.tp}` starts one process per rank"
+                f"LLM runs in one process (tp=1, pp=1), got tp={tp}, pp={pp}; "
+                f"`manta serve --tp {tp} --pp {pp}` starts one process per rank"
             )
         self.tokenizer = Tokenizer.load(model)
         self._engine = Engine(self.config, LocalExecutor(self.config))

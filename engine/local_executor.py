@@ -1,37 +1,41 @@
-"""LocalExecutor: rank 0 computes here and sends each batch to the other ranks, which follow."""
+"""LocalExecutor: rank 0 computes here and sends each batch to the other ranks, which follow.
+
+All layers are on every rank; with stages of layers it is engine/pipeline.py.
+"""
 
 import numpy as np
 
 from engine.batch import Batch, Sampling
 from engine.config import EngineConfig
-from engine.executor import EngineInfo
 from engine.outputs import StepResult
 from engine.parallel import ParallelGroup
+from engine.weights.peers import Peers
 from engine.worker import Worker
 
 
 class LocalExecutor:
-    def __init__(self, config: EngineConfig, group: ParallelGroup | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        group: ParallelGroup | None = None,
+        peers: Peers | None = None,
+    ) -> None:
         self._group = group or ParallelGroup()
-        self._worker = Worker(config, self._group)
-        self.info = EngineInfo(
-            vocab_size=self._worker.spec.vocab_size,
-            session_len=self._worker.session_len,
-            num_blocks=self._worker.num_blocks,
-            block_size=self._worker.block_size,
-            dtype=str(self._worker.dtype).removeprefix("torch."),
-            device=self._worker.device,
-            tp=self._group.size,
-        )
+        self._worker = Worker(config, self._group, peers)
+        self._result: StepResult | None = None
+        self.info = self._worker.info
 
-    def execute(self, batch: Batch, sampling: Sampling) -> StepResult:
+    def launch(self, batch: Batch, sampling: Sampling) -> None:
         self._group.broadcast_array(batch.buffer)
-        result = self._worker.execute(batch, sampling)
-        assert result is not None, "rank 0 samples"
+        self._result = self._worker.execute(batch, sampling)
+
+    def collect(self) -> StepResult:
+        result, self._result = self._result, None
+        assert result is not None, "a step was launched, and rank 0 samples"
         return result
 
     def close(self) -> None:
-        self._group.broadcast_array(_STOP)
+        self._group.broadcast_array(STOP)
         self._group.leave()
 
 
@@ -42,4 +46,4 @@ def follow(worker: Worker, group: ParallelGroup) -> None:
     group.leave()
 
 
-_STOP = np.empty(0, dtype=np.int32)
+STOP = np.empty(0, dtype=np.int32)

@@ -6,13 +6,17 @@ token. Chunked prefill, prefix hits, recompute after preemption and resumed stre
 same subtraction (`num_uncomputed_tokens`). Sole owner of every Sequence; knows no tensors.
 
 `schedule` may run again before `update` of the previous step: sampled tokens whose values are
-not known here yet are counted as `num_pending_tokens`.
+not known here yet are counted as `num_pending_tokens`. With `num_stages` > 1 that is the rule:
+as many steps are in flight, and only a step's last stage knows what it sampled. A sequence then
+waits for its token, and each step takes its share of the running sequences, so that those in
+flight are about equal.
 """
 
 import secrets
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 
@@ -20,6 +24,7 @@ from engine.batch import Int32Array
 from engine.block_manager import BlockManager
 from engine.errors import InvalidRequestError, LogitsError, MantaError
 from engine.outputs import EngineStats, SequenceOutput, StepResult, TokenLogprobs
+from engine.prefix import short
 from engine.sequence import EngineRequest, Sequence, Status
 
 
@@ -59,11 +64,13 @@ class Scheduler:
         max_num_batched_tokens: int,
         session_len: int,
         seed: int | None = None,
+        num_stages: int = 1,
     ) -> None:
         self.block_manager = block_manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.session_len = session_len
+        self.num_stages = num_stages
         self.waiting: deque[Sequence] = deque()
         self.num_waiting_tokens = 0
         self.running: list[Sequence] = []
@@ -126,7 +133,7 @@ class Scheduler:
         """Hand out the token budget. The batch is empty when nothing can be computed now."""
         batch = ScheduledBatch()
         budget = self.max_num_batched_tokens
-        decodes = [seq for seq in self.running if seq.num_uncomputed_tokens == 1]
+        decodes = self._ready_decodes()
         chunks = [seq for seq in self.running if seq.num_uncomputed_tokens > 1]
         num_running = len(self.running)
         for seq in (*decodes, *chunks):
@@ -135,7 +142,8 @@ class Scheduler:
             budget -= self._schedule_running(seq, batch, budget)
         if len(self.running) == num_running:  # nobody was preempted: there is room for more
             self._schedule_waiting(batch, budget)
-        self._launch(batch)
+        if batch.seqs:
+            self._launch(batch)
         return batch
 
     def update(self, batch: ScheduledBatch, result: StepResult) -> list[SequenceOutput]:
@@ -144,6 +152,8 @@ class Scheduler:
         for row, prompt_logprobs in result.prompt_logprobs:
             batch.seqs[row].prompt_logprobs.extend(prompt_logprobs)
         logprobs = result.logprobs or [None] * len(batch.sampled)
+        for seq in batch.seqs:
+            seq.num_steps_in_flight -= 1
         invalid = {batch.sampled[index] for index in result.invalid}
         for row, token_id, entry in zip(
             batch.sampled, result.token_ids.tolist(), logprobs, strict=True
@@ -175,6 +185,20 @@ class Scheduler:
             **self._counters,
         )
 
+    def cached_prefixes(self, limit: int) -> list[int]:
+        """Short hashes of up to `limit` cached prefixes, those used last first."""
+        in_use = (
+            content
+            for seq in reversed(self.running)
+            for content in seq.block_hashes[: seq.num_cached_blocks]
+        )
+        found: dict[bytes, None] = {}
+        for content in chain(in_use, self.block_manager.free_hashes()):
+            found[content] = None
+            if len(found) == limit:
+                break
+        return list(map(short, found))
+
     def check_integrity(self) -> None:
         """Assert that blocks and rows are free or owned, never both, and counters agree."""
         self.block_manager.check_integrity([seq.block_table for seq in self._sequences.values()])
@@ -189,6 +213,14 @@ class Scheduler:
             assert seq.row == -1
 
     # -- helpers, in call order -------------------------------------------------------------
+
+    def _ready_decodes(self) -> list[Sequence]:
+        """Running sequences that need one token, at most a stage's share of them."""
+        decodes = [seq for seq in self.running if seq.num_uncomputed_tokens == 1]
+        if self.num_stages == 1:
+            return decodes
+        share = -(-len(self.running) // self.num_stages)
+        return [seq for seq in decodes if not seq.num_pending_tokens][:share]
 
     def _schedule_running(self, seq: Sequence, batch: ScheduledBatch, budget: int) -> int:
         """Give `seq` its tokens; returns the budget used (negative: preemption gave some back)."""
@@ -210,7 +242,7 @@ class Scheduler:
     def _schedule_waiting(self, batch: ScheduledBatch, budget: int) -> None:
         while self.waiting and budget > 0 and self._free_rows:
             seq = self.waiting[0]
-            if seq.num_pending_tokens:  # preempted with its last token still on the device
+            if seq.num_steps_in_flight:  # preempted while a step computes its tokens
                 break
             block_ids = self.block_manager.find_prefix(seq)
             num_cached = len(block_ids) * self.block_manager.block_size
@@ -269,6 +301,7 @@ class Scheduler:
         batch.num_decodes = batch.num_new_tokens.count(1)
         for row, (seq, num_new) in enumerate(zip(batch.seqs, batch.num_new_tokens, strict=True)):
             seq.num_computed_tokens += num_new
+            seq.num_steps_in_flight += 1
             if seq.num_computed_tokens == seq.num_tokens:
                 seq.num_pending_tokens += 1
                 batch.sampled.append(row)

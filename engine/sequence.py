@@ -60,6 +60,7 @@ class Sequence:
     row: int = -1  # index in the worker's request table while running
     num_computed_tokens: int = 0
     num_pending_tokens: int = 0  # sampled on the device, value not yet known here (0 or 1)
+    num_steps_in_flight: int = 0  # launched steps that compute some of its tokens
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
     num_preemptions: int = 0
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, kept for good

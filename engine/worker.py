@@ -1,16 +1,20 @@
-"""Worker: one rank's weights, KV cache and, on rank 0, the sampler.
+"""Worker: one rank's weights, KV cache and, where tokens are drawn, the sampler.
 
-Computes the steps it is given; decides nothing about them.
+Computes its stage of the steps it is given; decides nothing about them. Tokens are drawn on rank 0
+of the last stage.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from zlib import crc32
 
 import torch
 
 from engine.batch import PENDING, Batch, PromptScore, Sampling
 from engine.config import EngineConfig
-from engine.errors import ConfigError
+from engine.errors import CheckpointError, ConfigError
+from engine.executor import EngineInfo
 from engine.kv_cache import KVCache, bytes_per_block
 from engine.models import DecoderSpec, load_decoder, load_spec, resolve_dtype
 from engine.models.rope import DynamicRope
@@ -18,25 +22,30 @@ from engine.outputs import StepResult, TokenLogprobs
 from engine.parallel import ParallelGroup
 from engine.sampler import Sampler, token_logprobs
 from engine.weights.cache import WeightCache
+from engine.weights.origin import Origin
+from engine.weights.peers import Peers
 from kernels.attention import AttentionMetadata
 
 SCORE_ROWS = 256  # prompt tokens whose logits exist at once: 256 × 128k × 4 B = 131 MB
 
 
 class Worker:
-    def __init__(self, config: EngineConfig, group: ParallelGroup) -> None:
+    def __init__(
+        self, config: EngineConfig, group: ParallelGroup, peers: Peers | None = None
+    ) -> None:
+        """`peers` may have the packed weights, or a checkpoint that is not on this node."""
         self.device = resolve_device(config.device)
         if self.device == "cpu":
             torch.set_num_threads(config.threads_per_rank())
-        path = Path(config.model)
-        self.spec = load_spec(path)
+        cache = _weight_cache(config, self.device, peers)
+        origin = _find_origin(Path(config.model), peers if cache is not None else None)
+        self.spec = load_spec(origin.settings)
         self.dtype = resolve_dtype(config.dtype, self.spec, self.device)
         self.block_size = block_size_of(config, self.device)
         self._group = group
         limit = session_limit(config, self.spec)
-        cache = _weight_cache(config, self.device)
         self._decoder = load_decoder(
-            path,
+            origin,
             self.spec,
             dtype=self.dtype,
             device=self.device,
@@ -45,6 +54,7 @@ class Worker:
             session_len=limit,
             cache=cache,
         )
+        _check_same(origin, group)
         mapped_bytes = cache.mapped_bytes if cache is not None else 0
         self.num_blocks = group.min(self._count_blocks(config, limit, mapped_bytes))
         self.session_len = min(limit, self.num_blocks * self.block_size)
@@ -55,15 +65,38 @@ class Worker:
                 "max_cpu_cache_bytes)"
             )
         self._kv_cache = KVCache.allocate(
-            self.spec, self.num_blocks, self.block_size, self.dtype, self.device, group.size
+            self.spec,
+            self.num_blocks,
+            self.block_size,
+            self.dtype,
+            self.device,
+            group.size,
+            len(self._decoder.layers),
         )
         self._sampler = Sampler(
             self.spec.vocab_size, config.max_num_seqs, self.session_len, self.device
         )
 
-    @torch.inference_mode()
+    @property
+    def info(self) -> EngineInfo:
+        return EngineInfo(
+            vocab_size=self.spec.vocab_size,
+            session_len=self.session_len,
+            num_blocks=self.num_blocks,
+            block_size=self.block_size,
+            dtype=str(self.dtype).removeprefix("torch."),
+            device=self.device,
+            tp=self._group.size,
+            pp=self._group.num_stages,
+        )
+
     def execute(self, batch: Batch, sampling: Sampling | None) -> StepResult | None:
-        """Run one step; the result exists on rank 0, which alone is given `sampling`."""
+        """Run one step where all layers are here; the result exists on rank 0, as `sampling`."""
+        return self.finish(batch, self.forward(batch, None), sampling)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor:
+        """This stage's layers: [T, H] of the stage before (None: this is the first) -> [T, H]."""
         assert batch.input_ids.min() != PENDING, "this worker is not driven ahead"
         meta = AttentionMetadata.build(
             batch.query_start_loc,
@@ -74,15 +107,22 @@ class Worker:
             self.block_size,
             self.device,
         )
-        input_ids = torch.from_numpy(batch.input_ids).to(self.device, torch.int64)
+        if hidden is None:
+            hidden = torch.from_numpy(batch.input_ids).to(self.device, torch.int64)
         positions = torch.from_numpy(batch.positions).to(self.device, torch.int64)
-        hidden = self._decoder.forward(input_ids, positions, meta, self._kv_cache)
+        return self._decoder.forward(hidden, positions, meta, self._kv_cache)
+
+    @torch.inference_mode()
+    def finish(
+        self, batch: Batch, hidden: torch.Tensor, sampling: Sampling | None
+    ) -> StepResult | None:
+        """Draw and score tokens from the last stage's [T, H]; only its rank 0 has `sampling`."""
         indices = torch.from_numpy(batch.logit_indices).to(self.device, torch.int64)
         logits = self._decoder.logits(hidden[indices[: batch.num_sampled]])
         scored = self._score(hidden, indices[batch.num_sampled :], sampling)
         if sampling is None:
             return None
-        assert logits is not None, "logits are gathered on rank 0"
+        assert logits is not None, "logits are gathered on rank 0 of the stage"
         sampled = self._sampler.sample(logits, sampling.batch)
         return StepResult(sampled.token_ids, sampled.logprobs, scored, sampled.invalid)
 
@@ -107,30 +147,50 @@ class Worker:
         """
         if isinstance(config.cache_max_entry_count, int):
             return config.cache_max_entry_count
-        block_bytes = bytes_per_block(self.spec, self.block_size, self.dtype, self._group.size)
+        num_layers = len(self._decoder.layers)
+        block_bytes = bytes_per_block(
+            self.spec, self.block_size, self.dtype, self._group.size, num_layers
+        )
         free = max(0, free_memory(self.device) - mapped_bytes)
         budget = int(free * config.cache_max_entry_count)
         if self.device == "cpu":
-            budget = min(budget, config.max_cpu_cache_bytes) // self._group.size
+            budget = min(budget, config.max_cpu_cache_bytes) // self._group.num_ranks
         useful = config.max_num_seqs * -(-session_len // self.block_size)
         num_blocks = min(budget // block_bytes, useful)
         if num_blocks < 2:
             raise ConfigError(
                 f"no room for the KV cache: {free / 2**30:.1f} GiB are free on {self.device}, one "
                 f"block of {self.block_size} tokens takes {block_bytes / 2**20:.1f} MiB; raise "
-                "cache_max_entry_count or use more ranks (tp)"
+                "cache_max_entry_count or use more ranks (tp, pp)"
             )
         return num_blocks
 
 
-def _weight_cache(config: EngineConfig, device: str) -> WeightCache | None:
+def _weight_cache(config: EngineConfig, device: str, peers: Peers | None) -> WeightCache | None:
     """None where the setting says so, and on a GPU: what it computes with today are dequantised
     weights, four times the checkpoint's bytes.
     """
     directory = config.weights_cache_directory()
     if directory is None or device != "cpu":
         return None
-    return WeightCache(directory, config.max_weights_cache_bytes)
+    return WeightCache(directory, config.max_weights_cache_bytes, peers)
+
+
+def _find_origin(checkpoint: Path, peers: Peers | None) -> Origin:
+    return Origin.at(checkpoint) if peers is None else peers.origin(checkpoint)
+
+
+def _check_same(origin: Origin, group: ParallelGroup) -> None:
+    """CheckpointError when a rank without the checkpoint got another version than the others.
+
+    Ranks that read checkpoints of their own may see other times of change, hence other files.
+    """
+    digest = crc32(json.dumps(origin.files).encode())
+    if group.min(origin.here) == 0 and group.min(digest) != -group.min(-digest):
+        raise CheckpointError(
+            f"the ranks have different versions of {origin.checkpoint}, which not every node has; "
+            "it was changed or announced meanwhile. Start again, or copy it to every node"
+        )
 
 
 def block_size_of(config: EngineConfig, device: str) -> int:

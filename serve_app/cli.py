@@ -1,10 +1,11 @@
-"""The `manta` command: serve, chat, plan, check_env.
+"""The `manta` command: serve, chat, plan, env, check_env.
 
 Imports torch or Ray only once a command needs them: a wrong option is answered in 0.2 s.
 """
 
 import contextlib
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ app = typer.Typer(
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
+Placement = Literal["node", "stages", "ranks"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 ModelArgument = Annotated[
@@ -55,6 +57,16 @@ def serve(
         str | None, typer.Option(help="The model id clients use; none: the directory's name.")
     ] = None,
     tp: Annotated[int | None, typer.Option(help="Engine processes that share each layer.")] = None,
+    pp: Annotated[
+        int | None, typer.Option(help="Stages of layers, each on --tp engine processes.")
+    ] = None,
+    placement: Annotated[
+        Placement | None,
+        typer.Option(
+            help="What stays on one Ray node: all of an engine (node), each of its stages, or just "
+            "each rank."
+        ),
+    ] = None,
     num_replicas: Annotated[
         int | None, typer.Option(min=1, help="Copies of the engine that share the requests.")
     ] = None,
@@ -101,6 +113,8 @@ def serve(
             max_replicas=max_replicas,
             log_level=log_level,
             tp=tp,
+            pp=pp,
+            placement=placement,
             device=device,
             dtype=dtype,
             session_len=session_len,
@@ -194,6 +208,13 @@ def plan(
         fits, text = run_plan(model, wanted, config, settings, as_json=as_json)
         typer.echo(text)
         raise typer.Exit(0 if fits else 1)
+
+
+@app.command()
+def env() -> None:
+    """Print what `ray start` needs on every node: eval "$(manta env)"."""
+    for name, value in launch_env.node_environment().items():
+        typer.echo(f"export {name}={shlex.quote(value)}")
 
 
 @app.command(name="check_env")

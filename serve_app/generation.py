@@ -18,12 +18,14 @@ from engine.sequence import EngineRequest
 from serve_app.metrics import SequenceTimer
 from serve_app.request_times import RequestTimes
 from serve_app.served_model import ServedModel
+from serve_app.tracing import Operation, RequestTracer, request_attributes
 
 if TYPE_CHECKING:
     from serve_app.event_ids import EventIds
 
 logger = logging.getLogger("ray.serve")
 
+SESSION_HEADER = "x-session-id"  # Serve's own name for it: requests of a session stay together
 FinishReason = Literal["stop", "length"]
 
 
@@ -72,10 +74,12 @@ class Generation:
         prompts: Sequence[list[int]],
         params: SamplingParams,
         *,
+        operation: Operation,
         request_id: str,
         received: float,
         cache_salt: str | None = None,
         user: str | None = None,
+        session_id: str | None = None,
         events: "EventIds | None" = None,
     ) -> None:
         if events is not None:
@@ -87,6 +91,9 @@ class Generation:
         self.n = params.n
         self.num_choices = len(prompts) * params.n
         self._user = user
+        self._operation: Operation = operation
+        self._params = params
+        self._session_id = session_id
         self._model = model
         self._requests = [
             request
@@ -104,17 +111,21 @@ class Generation:
 
     def __enter__(self) -> "Generation":
         self.times.submitted = time.perf_counter()
-        self._model.metrics.framework.observe(self.times.framework)
-        self._open = self._model.engine.open(self._requests)
+        self._model.metrics.record_seconds("framework", self.times.framework)
+        if self._model.tracer is not None:
+            self._trace_context = self._model.tracer.context()
+        self._open = self._model.engine.open(self._requests, self._session_id)
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self.times.ended = time.perf_counter()
         self._model.engine.close(self._open)
         for choice in self._choices:
             choice.end("abort")  # those that have ended already say so
         if logger.isEnabledFor(logging.INFO):
             self._log()
+        if self._model.tracer is not None:
+            self._trace(self._model.tracer, error)
 
     async def next(self) -> list[Delta]:
         """What arrived since the last call; waits for something; [] when all choices ended.
@@ -162,6 +173,23 @@ class Generation:
             counts.completion,
             ",".join(choice.ended for choice in self._choices),
             f" user={self._user!r}" if self._user else "",
+        )
+
+    def _trace(self, tracer: RequestTracer, error: BaseException | None) -> None:
+        counts = self.counts()
+        tracer.record(
+            self._trace_context,
+            f"{self._operation} {self._model.name}",
+            self.times,
+            request_attributes(self._operation, self._model.name, self._params)
+            | {
+                "gen_ai.response.id": self.request_id,
+                "gen_ai.response.finish_reasons": [choice.ended for choice in self._choices],
+                "gen_ai.usage.input_tokens": counts.prompt,
+                "gen_ai.usage.output_tokens": counts.completion,
+                "gen_ai.usage.cache_read.input_tokens": counts.cached,
+            },
+            error,
         )
 
     def _advance(self, index: int, output: SequenceOutput) -> Delta:

@@ -13,17 +13,41 @@
 # had the whole of it at the first try, and many clients send the body in a later packet.
 #
 # When no replica can be reached, the answer is 503 with Retry-After in the API's own shape, and not
-# the plain 500 that Serve makes of 502, 503 and 504.
+# the plain 500 that Serve makes of 502, 503 and 504; nor 404, while Serve has not told a new HAProxy
+# of any application.
+#
+# An HAProxy that outlived the actor which started it holds the port: the next one takes over from it,
+# and its streams go on.
 
 unavailable=$(dirname "$0")/unavailable.http
 previous=
+reload=
+orphans=
 for argument in "$@"; do
     if [ "$previous" = -f ]; then
         # "bind :9101" and "bind *:8404"; a frontend's line names its host
         sed -i -e 's/^\( *bind \)\**:\([0-9]\)/\1127.0.0.1:\2/' \
             -e 's/^\( *option \)splice-request$/\1http-buffer-request/' \
             -e "s|^\( *errorfile 50[234] \).*|\1$unavailable|" "$argument" || exit 1
+        if grep -Eq '^ *bind +\*?:[0-9]' "$argument"; then
+            echo "$0: $argument still binds a port of every interface" >&2
+            exit 1
+        fi
+        if ! grep -q '^ *use_backend ' "$argument"; then
+            sed -i "s|\( *http-request return status \)404 .*|\1503 errorfile $unavailable|" \
+                "$argument" || exit 1
+        fi
+        for path in $(grep -alsF -- "$argument" /proc/[0-9]*/cmdline); do
+            pid=${path#/proc/}
+            pid=${pid%/cmdline}
+            [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = haproxy ] && orphans="$orphans $pid"
+        done
     fi
+    [ "$argument" = -sf ] && reload=yes
     previous=$argument
 done
+if [ -n "$orphans" ] && [ -z "$reload" ]; then
+    # shellcheck disable=SC2086
+    set -- "$@" -sf $orphans
+fi
 exec "$MANTA_HAPROXY" "$@"

@@ -22,6 +22,7 @@ from serve_app.cluster import LaunchError
 from serve_app.deploy_status import failure, waiting_for
 from serve_app.launch_plan import LaunchPlan
 from serve_app.progress import Progress
+from serve_app.ray_watch import RayWatch
 from serve_app.serve_instance import Proxies
 from serve_app.serve_schema import to_schema
 
@@ -40,6 +41,7 @@ def run(
     `started` is the time.monotonic() from which the seconds until ready are counted.
     """
     schema = to_schema(plan.serve_config)
+    watch = None
     with contextlib.ExitStack() as ends:
         ends.callback(ray.shutdown)
         try:
@@ -50,6 +52,7 @@ def run(
                     cluster.join(address, verbose=verbose)
                 else:
                     hint = cluster.start(plan, dashboard=dashboard, verbose=verbose)
+                    watch = RayWatch()
                 _handle_signals()  # ray.init puts its own handler of SIGTERM
                 progress.say("starting Ray Serve")
                 proxies = serve_instance.deploy(schema, plan, address)
@@ -67,7 +70,12 @@ def run(
                 print(hint, flush=True)
             _watch(plan)
         except KeyboardInterrupt:
-            pass
+            if watch is not None and watch.death is not None:
+                ends.pop_all()  # nobody is left to ask; the guard ends the rest
+                raise LaunchError(
+                    f"stopped serving {plan.model_name}: {watch.death}; its logs are in "
+                    f"{cluster.logs()}"
+                ) from None
         except (RayError, RayServeException, TimeoutError) as error:
             *_, reason = str(error).strip().splitlines() or [type(error).__name__]
             raise LaunchError(f"Ray failed: {reason}; its logs are in {cluster.logs()}") from error

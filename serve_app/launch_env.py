@@ -41,6 +41,7 @@ RETRIES = {
     # tokens). Each request that waits for its first byte takes that much of HAProxy's memory.
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(128 * 1024),
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # a hung one keeps its GPUs from its successor
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # 10 by default: three until HAProxy is replaced
 }
 
 # Only processes of this machine and user take part.
@@ -56,6 +57,7 @@ SIDE_PORTS = (
     "RAY_SERVE_HAPROXY_STATS_PORT",
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
 )
+BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 
 
 def set_local_defaults(environ: Environ, run_dir: Path, *, verbose: bool) -> None:
@@ -63,7 +65,9 @@ def set_local_defaults(environ: Environ, run_dir: Path, *, verbose: bool) -> Non
     environ[RUN_DIR] = str(run_dir)
     ports = map(str, free_ports(len(SIDE_PORTS)))
     defaults = (VERBOSE if verbose else QUIET) | FAST | RETRIES | ALONE
-    _set_defaults(environ, defaults | dict(zip(SIDE_PORTS, ports, strict=True)) | _haproxy(run_dir))
+    defaults |= dict(zip(SIDE_PORTS, ports, strict=True))
+    binary = environ.pop(BINARY, None) or _haproxy_binary()  # the user's gets our changes too
+    _set_defaults(environ, defaults | _haproxy(run_dir, binary))
 
 
 def set_joining_defaults(environ: Environ, *, verbose: bool) -> None:
@@ -72,12 +76,19 @@ def set_joining_defaults(environ: Environ, *, verbose: bool) -> None:
     _set_defaults(environ, (VERBOSE if verbose else QUIET) | {"RAY_AUTH_MODE": mode})
 
 
+def node_environment() -> dict[str, str]:
+    """What every node of a cluster needs before its `ray start`, alike on all of them."""
+    values = QUIET | FAST | RETRIES | {"RAY_AUTH_MODE": "token"}
+    binary = _haproxy_binary()
+    return values if binary is None else values | _wrapped(binary)
+
+
 def _set_defaults(environ: Environ, values: dict[str, str]) -> None:
     for name, value in values.items():
         environ.setdefault(name, value)
 
 
-def _haproxy(run_dir: Path) -> dict[str, str]:
+def _haproxy(run_dir: Path, binary: str | None) -> dict[str, str]:
     """Its files in the run directory (/tmp/haproxy-serve by default, and never removed)."""
     files = {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(run_dir / "haproxy.cfg"),
@@ -86,11 +97,14 @@ def _haproxy(run_dir: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(run_dir),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(run_dir / "server-state"),
     }
-    binary = _haproxy_binary()
     if binary is None:  # Serve says so, and how to get it
         return files
-    wrapper = Path(__file__).with_name("haproxy.sh")
-    return files | {"RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper), "MANTA_HAPROXY": binary}
+    return files | _wrapped(binary)
+
+
+def _wrapped(binary: str) -> dict[str, str]:
+    """Our changes to its configuration, in front of an HAProxy."""
+    return {BINARY: str(Path(__file__).with_name("haproxy.sh")), "MANTA_HAPROXY": binary}
 
 
 def _haproxy_binary() -> str | None:

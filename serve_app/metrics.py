@@ -4,11 +4,16 @@ Ray adds the prefix `ray_` and, to counters, `_total`, so `vllm_num_requests_run
 `ray_vllm_num_requests_running`, which Ray's and vLLM's dashboards know. Recording one value
 costs about 4 µs (measured), so the engine's numbers are recorded at most every INTERVAL_S, and
 of the latencies between tokens a bounded, evenly spaced sample.
+
+Ray's exporter counts every value of a histogram as the middle of its bucket, so a histogram's
+`_sum` is off by up to half a bucket (0.15 s for a request of 1 ms). Exact means therefore come from
+the counter of seconds by part.
 """
 
 import asyncio
 import time
-from typing import Any
+from collections import defaultdict
+from typing import Any, Literal, TypeAlias
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
@@ -18,7 +23,8 @@ INTERVAL_S = 0.1  # Ray exports every 10 s
 REFRESH_S = 5.0  # Ray forgets a gauge that was not set between two exports
 MAX_SAMPLES = 100  # inter-token latencies recorded per interval: 0.4 % of a core
 LABELS: Any = ("model_name", "engine")  # Any: Ray annotates tag_keys as tuples of one
-REASON = "finished_reason"
+REASON, PART = "finished_reason", "part"
+Part: TypeAlias = Literal["framework", "queue", "prefill", "decode"]
 
 # vLLM's bucket borders, seconds.
 # fmt: off
@@ -35,6 +41,7 @@ REQUEST_S = [
     240.0, 480.0, 960.0, 1920.0, 7680.0,
 ]
 # fmt: on
+PART_S = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.2, *REQUEST_S]  # finer than vLLM's
 ITERATION_TOKENS = [1.0, *(float(2**power) for power in range(3, 15))]
 
 _GAUGES = {
@@ -63,13 +70,15 @@ class Metrics:
         self.per_token = self._histogram("vllm_request_time_per_output_token_seconds", TOKEN_S)
         self.e2e = self._histogram("vllm_e2e_request_latency_seconds", REQUEST_S)
         self.framework = self._histogram("manta_request_framework_time_seconds", TTFT_S)
-        self.queue = self._histogram("vllm_request_queue_time_seconds", REQUEST_S)
+        self.queue = self._histogram("vllm_request_queue_time_seconds", PART_S)
         self.inference = self._histogram("vllm_request_inference_time_seconds", REQUEST_S)
-        self.prefill = self._histogram("vllm_request_prefill_time_seconds", REQUEST_S)
-        self.decode = self._histogram("vllm_request_decode_time_seconds", REQUEST_S)
+        self.prefill = self._histogram("vllm_request_prefill_time_seconds", PART_S)
+        self.decode = self._histogram("vllm_request_decode_time_seconds", PART_S)
         self.prompt_tokens = self._histogram("vllm_request_prompt_tokens", tokens)
         self.generation_tokens = self._histogram("vllm_request_generation_tokens", tokens)
         self._iteration_tokens = self._histogram("vllm_iteration_tokens_total", ITERATION_TOKENS)
+        self._seconds = self._counter("manta_request_seconds", "Of requests, by part.", PART)
+        self._seconds_values: defaultdict[Part, float] = defaultdict(float)
         self._success = self._counter("vllm_request_success", "Sequences that ended.", REASON)
         self._recoveries = self._counter(
             "manta_engine_recoveries", "Engines started for dead ones."
@@ -98,6 +107,9 @@ class Metrics:
     def record_inter_token(self, seconds: float) -> None:
         self._inter_token_values.append(seconds)
 
+    def record_seconds(self, part: Part, seconds: float) -> None:
+        self._seconds_values[part] += seconds
+
     def record_end(self, finished_reason: str) -> None:
         self._success.inc(1, {REASON: finished_reason})
 
@@ -117,6 +129,11 @@ class Metrics:
         values, self._inter_token_values = self._inter_token_values, []
         for value in values[:: -(-len(values) // MAX_SAMPLES) or 1]:
             self._inter_token.observe(value)
+
+        for part, seconds in self._seconds_values.items():
+            if seconds > 0:
+                self._seconds.inc(seconds, {PART: part})
+        self._seconds_values.clear()
 
     def _histogram(self, name: str, boundaries: list[float]) -> Histogram:
         description = name.removeprefix("vllm_").replace("_", " ")
@@ -169,6 +186,9 @@ class SequenceTimer:
         metrics.prefill.observe(self._prefill)
         metrics.decode.observe(decode)
         metrics.inference.observe(self._prefill + decode)
+        metrics.record_seconds("queue", self._queue)
+        metrics.record_seconds("prefill", self._prefill)
+        metrics.record_seconds("decode", decode)
         metrics.prompt_tokens.observe(self._num_prompt_tokens)
         metrics.generation_tokens.observe(num_tokens)
         if num_tokens > 1:

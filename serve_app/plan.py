@@ -60,46 +60,39 @@ class Plan:
         return next((row for row in self.rows if row.fits), None)
 
 
-def make_plan(
-    spec: DecoderSpec,
-    config: EngineConfig,
-    device: Device,
-    memory: Memory,
-    num_gpus: int | None = None,
-    int4: bool = False,
-) -> Plan:
+class Planner:
     """`int4`: count on 4-bit weights in memory, which GPUs of this version do not compute on."""
-    planner = _Planner(spec, config, device, memory, int4)
-    rows = []
-    for tp in range(1, (num_gpus or MAX_TP) + 1):
-        try:
-            check_tp(spec, tp)
-        except ConfigError:
-            continue
-        rows.append(planner.row(tp, None if num_gpus is None else num_gpus // tp))
-    return Plan(device, memory, planner.dtype, planner.session_len, int4, tuple(rows))
 
-
-class _Planner:
     def __init__(
-        self, spec: DecoderSpec, config: EngineConfig, device: Device, memory: Memory, int4: bool
+        self, spec: DecoderSpec, config: EngineConfig, device: Device, int4: bool = False
     ) -> None:
-        self.dtype = resolve_dtype(config.dtype, spec, device)
-        self.session_len = session_limit(config, spec)
-        self._spec, self._config, self._device = spec, config, device
-        self._memory, self._int4 = memory, int4
+        self._dtype = resolve_dtype(config.dtype, spec, device)
+        self._session_len = session_limit(config, spec)
+        self._spec, self._config, self._device, self._int4 = spec, config, device, int4
         self._block_size = block_size_of(config, device)
+        self._footprints: dict[tuple[int, bool], Footprint] = {}
 
-    def row(self, tp: int, num_replicas: int | None) -> TpPlan:
+    def plan(self, memory: Memory, num_gpus: int | None = None) -> Plan:
+        rows = []
+        for tp in range(1, (num_gpus or MAX_TP) + 1):
+            try:
+                check_tp(self._spec, tp)
+            except ConfigError:
+                continue
+            num_replicas = None if num_gpus is None else num_gpus // tp
+            rows.append(self._row(memory, tp, num_replicas))
+        return Plan(self._device, memory, self._dtype, self._session_len, self._int4, tuple(rows))
+
+    def _row(self, memory: Memory, tp: int, num_replicas: int | None) -> TpPlan:
         sharing = tp if self._device == "cpu" else 1  # ranks in the same memory
         kept, packed = self._footprint(tp, int4=False), self._footprint(tp, int4=True)
         weights = packed if self._int4 else kept
-        block_bytes = bytes_per_block(self._spec, self._block_size, self.dtype, tp)
-        free = self._memory.num_bytes - sharing * (weights.weights + RANK_BYTES)
+        block_bytes = bytes_per_block(self._spec, self._block_size, self._dtype, tp)
+        free = memory.num_bytes - sharing * (weights.weights + RANK_BYTES)
         num_blocks = self._num_blocks(free, block_bytes, sharing)
         num_sequences = min(self._config.max_num_seqs, num_blocks // self._blocks_per_session)
         kv_bytes_per_token = block_bytes // self._block_size
-        read = sharing * weights.read_per_step, sharing * kv_bytes_per_token * self.session_len
+        read = sharing * weights.read_per_step, sharing * kv_bytes_per_token * self._session_len
         return TpPlan(
             tp=tp,
             weight_bytes=kept.weights,
@@ -108,24 +101,26 @@ class _Planner:
             free_bytes=free,
             kv_tokens=num_blocks * self._block_size,
             num_sequences=num_sequences,
-            decode_bound=self._decode_bound(*read, min(1, num_sequences)),
-            decode_bound_all=self._decode_bound(*read, num_sequences),
+            decode_bound=_decode_bound(memory, *read, min(1, num_sequences)),
+            decode_bound_all=_decode_bound(memory, *read, num_sequences),
             num_replicas=num_replicas,
         )
 
     @property
     def _blocks_per_session(self) -> int:
-        return -(-self.session_len // self._block_size)
+        return -(-self._session_len // self._block_size)
 
     def _footprint(self, tp: int, int4: bool) -> Footprint:
-        return footprint(
-            self._spec,
-            tp=tp,
-            dtype=self.dtype,
-            device=self._device,
-            session_len=self.session_len,
-            int4=int4,
-        )
+        if (tp, int4) not in self._footprints:
+            self._footprints[tp, int4] = footprint(
+                self._spec,
+                tp=tp,
+                dtype=self._dtype,
+                device=self._device,
+                session_len=self._session_len,
+                int4=int4,
+            )
+        return self._footprints[tp, int4]
 
     def _num_blocks(self, free: int, block_bytes: int, sharing: int) -> int:
         """As Worker counts them when it starts."""
@@ -138,10 +133,11 @@ class _Planner:
             budget = min(budget, config.max_cpu_cache_bytes) // sharing
         return min(budget // block_bytes, config.max_num_seqs * self._blocks_per_session)
 
-    def _decode_bound(self, weights: int, kv: int, num_sequences: int) -> float | None:
-        """Tokens/s of steps that do nothing but read the weights once and each sequence's keys
-        and values: no computation, no communication, the maker's bandwidth.
-        """
-        if self._memory.bandwidth is None or num_sequences == 0:
-            return None
-        return num_sequences * self._memory.bandwidth / (weights + num_sequences * kv)
+
+def _decode_bound(memory: Memory, weights: int, kv: int, num_sequences: int) -> float | None:
+    """Tokens/s of steps that do nothing but read the weights once and each sequence's keys and
+    values: no computation, no communication, the maker's bandwidth.
+    """
+    if memory.bandwidth is None or num_sequences == 0:
+        return None
+    return num_sequences * memory.bandwidth / (weights + num_sequences * kv)

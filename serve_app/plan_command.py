@@ -12,7 +12,7 @@ from engine.models.footprint import checkpoint_bytes
 from engine.models.spec import DecoderSpec
 from engine.weights.checkpoint import INDEX_FILE
 from engine.worker import free_memory
-from serve_app.plan import Device, make_plan
+from serve_app.plan import Device, Planner
 from serve_app.plan_gpus import Memory, known_gpu, read_size
 from serve_app.plan_report import to_json, to_text
 
@@ -56,7 +56,7 @@ def run_plan(
     path = path.parent if path.name == "config.json" else path
     spec = load_spec(path)
     engine = _engine_config(path, config, settings)
-    plan = make_plan(spec, engine, wanted.device, memory, wanted.num_gpus, wanted.int4)
+    plan = Planner(spec, engine, wanted.device, wanted.int4).plan(memory, wanted.num_gpus)
     size = _stored_bytes(path, spec)
     name = path.resolve().name
     text = to_json(name, size, plan) if as_json else to_text(name, spec, size, plan)

@@ -14,15 +14,15 @@ Series = dict[str, float]
 
 
 def read_series(metrics_url: str) -> Series:
-    """Ray's exported metrics of ours by name and finished_reason, summed over replicas."""
+    """Ray's exported metrics of ours by name and finished_reason or part, summed over replicas."""
     with urllib.request.urlopen(metrics_url, timeout=10) as response:
         lines = response.read().decode().splitlines()
     found: Series = {}
     for line in lines:
         if match := re.fullmatch(r"(ray_(?:vllm|manta)_\w+)\{(.*)\} (\S+)", line):
             name, labels, value = match.groups()
-            reason = re.search(r'finished_reason="(\w+)"', labels)
-            name = f"{name}:{reason[1]}" if reason else name
+            label = re.search(r'(?:finished_reason|part)="(\w+)"', labels)
+            name = f"{name}:{label[1]}" if label else name
             found[name] = found.get(name, 0.0) + float(value)
     return found
 

@@ -4,6 +4,7 @@ It checks what a real one relies on: every key and value a query reads was writt
 sequence (or by one with the same prefix) at the slot the batch names.
 """
 
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,6 +30,7 @@ class ScriptedExecutor:
         block_size: int = 4,
         session_len: int = 128,
         vocab_size: int = 50,
+        pp: int = 1,
     ) -> None:
         self.info = EngineInfo(
             vocab_size=vocab_size,
@@ -38,15 +40,19 @@ class ScriptedExecutor:
             dtype="float32",
             device="cpu",
             tp=1,
+            pp=pp,
         )
         self.slots: dict[int, int] = {}  # slot → token whose key and value it holds
         self.last_token: dict[int, int] = {}  # row → newest sampled token, as a device keeps it
         self.num_tokens_per_step: list[int] = []
+        self.max_in_flight = 0
+        self._results: deque[StepResult] = deque()
         self.closed = False
 
-    def execute(self, batch: Batch, sampling: Sampling) -> StepResult:
+    def launch(self, batch: Batch, sampling: Sampling) -> None:
         batch = Batch.unpack(batch.buffer.copy())  # what crosses processes is enough
         self.num_tokens_per_step.append(batch.num_tokens)
+        assert self.info.pp == 1 or PENDING not in batch.input_ids, "the first stage knows none"
         histories = self._write_and_read(batch)
         sampled: list[int] = []
         for logit_index in batch.logit_indices[: batch.num_sampled]:
@@ -54,7 +60,15 @@ class ScriptedExecutor:
             token_id = next_token(histories[seq], self.info.vocab_size)
             self.last_token[int(batch.rows[seq])] = token_id
             sampled.append(token_id)
-        return StepResult(np.array(sampled, dtype=np.int32))
+        self._results.append(StepResult(np.array(sampled, dtype=np.int32)))
+        self.max_in_flight = max(self.max_in_flight, self.num_in_flight)
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._results)
+
+    def collect(self) -> StepResult:
+        return self._results.popleft()
 
     def close(self) -> None:
         self.closed = True

@@ -82,7 +82,10 @@ HISTOGRAMS = (
 METRICS = {f"ray_vllm_{name}" for name in GAUGES_AND_COUNTERS} | {
     f"ray_vllm_{name}_count" for name in HISTOGRAMS
 }
-METRICS.add("ray_manta_request_framework_time_seconds_count")
+METRICS |= {
+    "ray_manta_request_framework_time_seconds_count",
+    *(f"ray_manta_request_seconds_total:{part}" for part in ("framework", "queue", "decode")),
+}
 
 
 @cache

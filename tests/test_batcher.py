@@ -11,7 +11,7 @@ from engine.batcher import RequestBatcher
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineDeadError, InvalidRequestError, QueueFullError
-from engine.outputs import SequenceOutput, StepResult
+from engine.outputs import SequenceOutput
 from engine.sampling_params import SamplingParams
 from engine.sequence import EngineRequest
 from tests.scripted_executor import ScriptedExecutor
@@ -28,12 +28,12 @@ class GatedExecutor(ScriptedExecutor):
         self.entered = threading.Event()
         self.error: Exception | None = None
 
-    def execute(self, batch: Batch, sampling: Sampling) -> StepResult:
+    def launch(self, batch: Batch, sampling: Sampling) -> None:
         self.entered.set()
         assert self.gate.wait(30)
         if self.error is not None:
             raise self.error
-        return super().execute(batch, sampling)
+        super().launch(batch, sampling)
 
 
 class Client:
@@ -49,7 +49,7 @@ class Client:
             max_waiting_requests=limits.get("max_waiting_requests", 100),
             max_waiting_tokens=limits.get("max_waiting_tokens", 10_000),
             step_timeout_s=limits.get("step_timeout_s", 60),
-            on_output=self._arrived.set,
+            on_output=lambda consumers: self._arrived.set(),
         )
         self.outputs: dict[str, SequenceOutput] = {}
 

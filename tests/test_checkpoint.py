@@ -111,6 +111,8 @@ def test_tied_head_that_is_stored_too(differs: bool, tmp_path: Path) -> None:
     )
     model.edit_config(tie_word_embeddings=True)
     decoder = PagedDecoder(tmp_path).decoder
+    assert decoder.head is not None
+    assert decoder.embed is not None
     head = decoder.head.linear.weight
     assert isinstance(head, DenseWeight)
     assert (head.data is decoder.embed.weight) is not differs

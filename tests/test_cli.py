@@ -51,14 +51,15 @@ def manta(*args: str) -> tuple[int, str]:
 
 def test_help_names_every_command_and_option() -> None:
     assert all(
-        name in manta("--help")[1] for name in ("serve", "chat", "plan", "check_env", "--version")
+        name in manta("--help")[1]
+        for name in ("serve", "chat", "plan", "env", "check_env", "--version")
     )
     code, text = manta("serve", "--help")
     assert code == 0
     options = (
-        "--config --host --port --model-name --tp --num-replicas --min-replicas --max-replicas "
-        "--device --dtype --session-len --max-num-seqs --cache-max-entry-count --dashboard "
-        "--log-level"
+        "--config --host --port --model-name --tp --pp --placement --num-replicas --min-replicas "
+        "--max-replicas --device --dtype --session-len --max-num-seqs --cache-max-entry-count "
+        "--dashboard --log-level"
     )
     assert all(option in text for option in options.split())
 
@@ -356,26 +357,26 @@ def test_joining_leaves_serve_s_flags_to_the_cluster(
 
 def test_haproxy_gets_an_edited_configuration(tmp_path: Path) -> None:
     """Its own pages are for this machine only, under the two spellings of Serve's template; a
-    frontend says where it listens. Bodies are not spliced."""
-    environ = {"PATH": os.environ["PATH"]}
+    frontend says where it listens. Bodies are buffered, not spliced."""
+    (tmp_path / "haproxy").write_text("#!/bin/sh\necho $*\n")  # the user's own
+    (tmp_path / "haproxy").chmod(0o755)
+    environ = {"PATH": os.environ["PATH"], launch_env.BINARY: str(tmp_path / "haproxy")}
     launch_env.set_local_defaults(environ, tmp_path, verbose=False)
     assert Path(environ["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent == tmp_path
+    path = tmp_path / "cfg"
     frontends = "  bind 0.0.0.0:8000\n  bind :::8000\n  bind ::1:8000\n"
     splice = "    option splice-request\n    option splice-response\n"
-    (tmp_path / "cfg").write_text(splice + "    bind :9101\n  bind *:8404\n" + frontends)
-    command: list[str | Path] = [
-        environ["RAY_SERVE_HAPROXY_BINARY_PATH"],
-        "-db",
-        "-f",
-        tmp_path / "cfg",
-        "-x",
-        "a b",
-    ]
-    environ["MANTA_HAPROXY"] = "echo"
+    path.write_text(splice + "    bind :9101\n  bind *:8404\n" + frontends)
+    command: list[str | Path] = [environ[launch_env.BINARY], "-db", "-f", path, "-x", "a b"]
     done = subprocess.run(command, env=environ, check=True, capture_output=True, text=True)
-    assert done.stdout == f"-db -f {tmp_path / 'cfg'} -x a b\n"
+    assert done.stdout == f"-db -f {path} -x a b\n"
+    options = "    option http-buffer-request\n    option splice-response\n"
     own = "    bind 127.0.0.1:9101\n  bind 127.0.0.1:8404\n"
-    assert (tmp_path / "cfg").read_text() == "    option splice-response\n" + own + frontends
+    assert path.read_text() == options + own + frontends
+    path.write_text("bind  *:8404\n")  # as no version of Serve writes it yet
+    done = subprocess.run(command, env=environ, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "still binds a port of every interface" in done.stderr
 
 
 def test_free_ports_differ() -> None:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 RESOLVED_LATER = {  # settings whose default is None, and what the README says it comes to
     "session_len": "the checkpoint's",
     "block_size": "16 on CPU, 64 on GPU",
-    "num_threads": "cores / tp",
+    "num_threads": "cores / ranks there",
     "seed": "random",
 }
 NO_DISTRIBUTION = {"configs", "engine", "kernels", "serve_app"}  # this one
@@ -45,7 +45,9 @@ def test_readme_has_every_setting_with_its_default() -> None:
     assert readme_settings() == expected
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/api.md", "docs/architecture.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/api.md", "docs/architecture.md", "docs/deploy.md"]
+)
 def test_files_that_the_pages_name_exist(page: str) -> None:
     text = (ROOT / page).read_text()
     linked = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]

@@ -18,7 +18,8 @@ import torch
 import transformers
 
 from engine.errors import EngineDeadError
-from engine.ray_group import EngineActor, EngineGroup
+from engine.ray_actor import EngineActor
+from engine.ray_group import EngineGroup
 from tests.test_replica import RunningReplica
 
 pytestmark = pytest.mark.ray
@@ -133,11 +134,11 @@ async def send(group: EngineGroup, rank: int, number: signal.Signals) -> None:
 
 def fault(name: str, rank: int = 0) -> Callable[[EngineGroup], Any]:
     def raises(actor: EngineActor) -> None:
-        def execute(*step: Any) -> Any:
+        def launch(*step: Any) -> Any:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
         executor: Any = actor._running()._engine.executor
-        executor.execute = execute
+        executor.launch = launch
 
     def soon_hung(actor: EngineActor) -> None:
         actor._running()._step_timeout_s = 1

@@ -42,11 +42,11 @@ class Server:
 
     url = ""
 
-    def __init__(self, *command: str | Path) -> None:
+    def __init__(self, *command: str | Path, cwd: Path = ROOT) -> None:
         self._mark = f"MANTA_TEST={uuid4()}"
         self.process = subprocess.Popen(
             [str(part) for part in command],
-            cwd=ROOT,
+            cwd=cwd,
             env=clean_environ() | dict([self._mark.split("=")]),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -96,9 +96,9 @@ def _alive(pid: int) -> bool:
 
 
 @contextmanager
-def running(*command: str | Path) -> Iterator[Server]:
+def running(*command: str | Path, cwd: Path = ROOT) -> Iterator[Server]:
     """Ends with SIGINT unless the test has ended it; whatever happens, nothing is left."""
-    server = Server(*command)
+    server = Server(*command, cwd=cwd)
     try:
         yield server
         if server.process.poll() is None:
@@ -320,3 +320,21 @@ def test_a_guard_ends_what_was_started(killed: bool) -> None:
         owner.wait()
         bystander.kill()
         bystander.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_server_whose_ray_died_ends_with_the_reason() -> None:
+    """Calls to a cluster without its raylet wait for ever."""
+    with running(BIN / "manta", "serve", "--port", "0") as server:
+        server.await_ready()
+        run_dir = server.run_dir()
+        (raylet,) = [
+            pid for pid, command in server.processes().items() if "raylet/raylet" in command
+        ]
+        os.kill(raylet, signal.SIGKILL)
+        output, _ = server.process.communicate(timeout=60)
+        assert server.process.returncode == 1
+        assert "manta: stopped serving demo: Ray's raylet ended with code -9" in output
+        assert not server.processes()
+        assert not run_dir.exists()

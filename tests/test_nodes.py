@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +14,10 @@ from engine.config import EngineConfig
 from engine.errors import EngineDeadError
 from engine.ray_group import EngineGroup, _all
 from tests.test_engine import greedy, prompts
+from tests.test_failover import SETTINGS, assert_same, disturbed, fault, mixed_bodies
+from tests.test_failover import answers as answers_of
 from tests.test_ray_group import answers, config
+from tests.test_replica import RunningReplica
 
 if TYPE_CHECKING:
     from ray._private.node import Node as ClusterNode
@@ -35,14 +39,16 @@ class Owner:
         outputs = await answers(self.group)
         return [outputs[str(index)].token_ids for index in range(len(outputs))]
 
-    async def stop(self) -> None:
-        self.group.stop()
-
 
 def _where(actor: object) -> tuple[str, int]:
     import os
 
     return ray.get_runtime_context().get_node_id(), os.getpid()
+
+
+def all_greedy() -> list[list[int]]:
+    """What transformers answers."""
+    return [greedy(index) for index in range(len(prompts()))]
 
 
 @pytest.fixture
@@ -72,14 +78,32 @@ def owner() -> Iterator[Callable[..., Any]]:
 
 @pytest.mark.ray
 def test_two_ranks_on_two_nodes(nodes: dict[str, str], owner: Callable[..., Any]) -> None:
-    """The owner is in the west, so rank 0 is too; a rebuilt engine finds the same places."""
+    """The owner is in the west, so rank 0 is too."""
     handle = owner([{"CPU": 1, "west": 1}, EAST, WEST])
-    for _ in range(2):
-        placed = ray.get(handle.start.remote(config(tp=2, num_threads=None)))
-        assert [node for node, _ in placed] == [nodes["west"], nodes["east"]]
-        found = ray.get(handle.answers.remote())
-        assert found == [greedy(index) for index in range(len(prompts()))]
-        ray.get(handle.stop.remote())
+    placed = ray.get(handle.start.remote(config(tp=2, num_threads=None)))
+    assert [node for node, _ in placed] == [nodes["west"], nodes["east"]]
+    assert ray.get(handle.answers.remote()) == all_greedy()
+
+
+@pytest.mark.ray
+def test_stages_of_two_ranks_on_a_node_each(
+    nodes: dict[str, str], owner: Callable[..., Any]
+) -> None:
+    """A bundle per stage."""
+    handle = owner([{"CPU": 1, "west": 1}, {"CPU": 2, "east": 1}, {"CPU": 2, "west": 1}])
+    placed = ray.get(handle.start.remote(config(tp=2, pp=2)))
+    assert [node for node, _ in placed] == [nodes["west"]] * 2 + [nodes["east"]] * 2
+    assert ray.get(handle.answers.remote()) == all_greedy()
+
+
+@pytest.mark.ray
+def test_streams_outlive_a_rank_of_any_stage(ray_cluster: None, tiny_checkpoint: Path) -> None:
+    running = RunningReplica(tiny_checkpoint, pp=2, **SETTINGS)
+    undisturbed = running.run(answers_of(running, mixed_bodies(16, "undisturbed")))
+    faults = {15: fault("killed", 1), 70: fault("killed", 0)}
+    found = running.run(disturbed(running, mixed_bodies(16, "disturbed"), faults))
+    assert_same(found, undisturbed)
+    running.close()
 
 
 def test_ranks_that_give_no_sign_are_named() -> None:

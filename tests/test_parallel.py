@@ -9,7 +9,16 @@ from engine import parallel
 from engine.errors import EngineDeadError
 from engine.parallel import ParallelGroup, choose_interface, listen
 
-HAS_IPV6 = socket.has_ipv6 and os.path.exists("/proc/net/if_inet6")
+
+def _has_ipv6() -> bool:
+    try:
+        listen("::1").close()
+    except OSError:
+        return False
+    return True
+
+
+HAS_IPV6 = _has_ipv6()
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,10 @@ from engine.parallel import ParallelGroup
 from engine.weights.checkpoint import Checkpoint
 from engine.worker import Worker
 from serve_app.cli import app
-from serve_app.plan import RANK_BYTES, make_plan
+from serve_app.plan import RANK_BYTES, Device, Planner
 from serve_app.plan_gpus import Memory, read_size
 from tests.tiny_models import FAMILIES, TinyModel, tiny_model
+from tools import sizing
 
 CONTEXT = 128
 AWQ: Any = {"hidden_size": 64, "intermediate_size": 128}  # whole groups of 32, also over two ranks
@@ -133,7 +134,7 @@ def test_blocks_of_a_worker(share: float | int, monkeypatch: pytest.MonkeyPatch)
     memory = Memory("machine", RANK_BYTES + weights + free, None)
     monkeypatch.setattr("engine.worker.free_memory", lambda device: free)
     worker = Worker(config, ParallelGroup())
-    (plan,) = make_plan(spec, config, "cpu", memory, num_gpus=1).rows
+    (plan,) = Planner(spec, config, "cpu").plan(memory, num_gpus=1).rows
     assert plan.free_bytes == free
     assert plan.kv_tokens == worker.num_blocks * worker.block_size
     assert plan.num_sequences == min(3, worker.num_blocks // 2)
@@ -148,7 +149,7 @@ def test_blocks_of_a_worker(share: float | int, monkeypatch: pytest.MonkeyPatch)
 def test_the_bound_is_bandwidth_over_bytes_read() -> None:
     path = MODELS["llama"]().path
     spec, config = load_spec(path), EngineConfig(model=str(path), max_num_seqs=4, dtype="float32")
-    (plan, *_) = make_plan(spec, config, "cuda", Memory("gpu", 2 * RANK_BYTES, 1e9)).rows
+    (plan, *_) = Planner(spec, config, "cuda").plan(Memory("gpu", 2 * RANK_BYTES, 1e9)).rows
     read = footprint(spec, tp=1, dtype=FP32, device="cuda", session_len=CONTEXT).read_per_step
     kv = CONTEXT * plan.kv_bytes_per_token
     assert plan.decode_bound == 1e9 / (read + kv)
@@ -159,8 +160,9 @@ def test_ranks_of_a_cpu_share_its_memory_and_gpus_do_not() -> None:
     path = MODELS["llama"]().path
     spec, config = load_spec(path), EngineConfig(model=str(path), dtype="float32")
     memory = Memory("any", 8 * RANK_BYTES, None)
-    for device, sharing in (("cpu", 2), ("cuda", 1)):
-        row = make_plan(spec, config, device, memory, num_gpus=2).rows[-1]  # type: ignore[arg-type]
+    sharing_of: dict[Device, int] = {"cpu": 2, "cuda": 1}
+    for device, sharing in sharing_of.items():
+        row = Planner(spec, config, device).plan(memory, num_gpus=2).rows[-1]
         assert row.tp == 2
         assert row.free_bytes == memory.num_bytes - sharing * (RANK_BYTES + row.weight_bytes)
 
@@ -245,3 +247,7 @@ def test_an_engine_config_is_planned_with_its_numbers(config_alone: Path, tmp_pa
     engine.write_text("model: elsewhere\nsession_len: 32\nmax_num_seqs: 7\n")
     text = run(config_alone, "--memory", "16GiB", "--config", engine)[1]
     assert "--tp 1 fits: 7 sequences of 32 tokens." in text
+
+
+def test_the_sizing_table_of_the_docs_is_todays() -> None:
+    assert sizing.PAGE.read_text() == sizing.page(), "run python -m tools.sizing"

@@ -8,13 +8,14 @@ from typing import Any
 
 import httpx
 import pytest
+from ray.serve.metrics import Counter
 
-from engine.outputs import SequenceOutput
+from engine.outputs import EngineStats, SequenceOutput
 from serve_app.metrics import Metrics, SequenceTimer
 from serve_app.request_times import RequestTimes
 from tests.stub_engine import chat, client_of, served
 from tests.test_batcher import Client
-from tests.test_metrics import Recorded, recorded
+from tests.test_metrics import Recorded, recorded, until
 from tests.test_scheduler import make_engine, request
 
 __all__ = ["recorded"]
@@ -93,20 +94,34 @@ def test_answers_carry_server_timing(
     assert ("decode" in parts) == (not stream)  # a stream's headers leave with its first token
 
 
-def test_the_times_of_the_first_report_are_recorded(recorded: Recorded) -> None:
+def test_the_times_of_the_first_report_are_recorded(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A second engine that goes on with a sequence measures its own, which do not count."""
 
     async def test() -> None:
-        timer = SequenceTimer(Metrics("tiny", 128), num_prompt_tokens=7)
+        metrics = Metrics("tiny", 128)
+        timer = SequenceTimer(metrics, num_prompt_tokens=7)
         timer.on_output(SequenceOutput("a", [1], queue_time=0.5, prefill_time=0.25))
         timer.on_output(SequenceOutput("a", [2], queue_time=9.0, prefill_time=9.0))
         timer.on_end(2, "stop")
+        assert seconds == {}
+        metrics.record_stats(EngineStats())
+        await until(lambda: "decode" in seconds)
 
+    seconds: dict[str, float] = {}
+
+    def inc(self: Counter, value: float = 1, tags: Any = None) -> None:
+        if self.info["name"] == "manta_request_seconds":
+            seconds[tags["part"]] = value
+
+    monkeypatch.setattr(Counter, "inc", inc)
     asyncio.run(test())
     assert recorded["vllm_request_queue_time_seconds"] == [0.5]
     assert recorded["vllm_request_prefill_time_seconds"] == [0.25]
     (decode,) = recorded["vllm_request_decode_time_seconds"]
     assert recorded["vllm_request_inference_time_seconds"] == [0.25 + decode]
+    assert seconds == {"queue": 0.5, "prefill": 0.25, "decode": decode}
     assert recorded["vllm_request_prompt_tokens"] == [7]
     assert recorded["vllm_request_generation_tokens"] == [2]
 

@@ -11,7 +11,7 @@ from engine.batch import Batch, Sampling
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import InvalidRequestError, LogitsError
-from engine.outputs import SequenceOutput, StepResult
+from engine.outputs import SequenceOutput
 from engine.sampling_params import SamplingParams
 from engine.scheduler import ScheduledBatch
 from engine.sequence import EngineRequest
@@ -26,6 +26,7 @@ def make_engine(
     max_num_seqs: int = 8,
     max_num_batched_tokens: int = 16,
     prefix_caching: bool = True,
+    num_stages: int = 1,
 ) -> Engine:
     config = EngineConfig(
         model="scripted",
@@ -33,7 +34,8 @@ def make_engine(
         max_num_batched_tokens=max_num_batched_tokens,
         enable_prefix_caching=prefix_caching,
     )
-    return Engine(config, ScriptedExecutor(num_blocks=num_blocks, block_size=block_size))
+    executor = ScriptedExecutor(num_blocks=num_blocks, block_size=block_size, pp=num_stages)
+    return Engine(config, executor)
 
 
 def request(name: str, prompt: list[int], max_tokens: int = 8, **kwargs: object) -> EngineRequest:
@@ -70,6 +72,7 @@ def drain(engine: Engine) -> dict[str, list[int]]:
     budget=st.integers(1, 24),
     max_num_seqs=st.integers(1, 6),
     prefix_caching=st.booleans(),
+    num_stages=st.integers(1, 4),
 )
 def test_any_schedule_gives_the_tokens_of_one_at_a_time(
     seed: int,
@@ -79,9 +82,10 @@ def test_any_schedule_gives_the_tokens_of_one_at_a_time(
     budget: int,
     max_num_seqs: int,
     prefix_caching: bool,
+    num_stages: int,
 ) -> None:
     rng = random.Random(seed)
-    engine = make_engine(num_blocks, block_size, max_num_seqs, budget, prefix_caching)
+    engine = make_engine(num_blocks, block_size, max_num_seqs, budget, prefix_caching, num_stages)
     longest = engine.info.session_len - 1
     stem = [rng.randrange(VOCAB) for _ in range(longest)]
     want: dict[str, list[int]] = {}
@@ -140,24 +144,56 @@ def test_one_step_ahead_gives_the_same_tokens(
         engine.add(request(str(index), prompt, max_tokens))
         want[str(index)] = expected(prompt, min(max_tokens, longest + 1 - len(prompt)))
     got: dict[str, list[int]] = {}
-    in_flight: tuple[ScheduledBatch, StepResult] | None = None
+    in_flight: ScheduledBatch | None = None
     while scheduler.has_work:
         scheduled = scheduler.schedule()
         launched = None
         if scheduled.seqs:
             sampling = Sampling.build(scheduled)
             batch = Batch.build(scheduled, scheduler.block_tables, 4, sampling.scores)
-            launched = scheduled, executor.execute(batch, sampling)
+            executor.launch(batch, sampling)
+            launched = scheduled
         if in_flight is not None:
-            for output in scheduler.update(*in_flight):
+            for output in scheduler.update(in_flight, executor.collect()):
                 got.setdefault(output.request_id, []).extend(output.token_ids)
         assert launched is not None or in_flight is not None, "no progress"
         in_flight = launched
     assert got == want
     if in_flight is not None:
-        assert scheduler.update(*in_flight) == []
+        assert scheduler.update(in_flight, executor.collect()) == []
     assert scheduler.block_manager.num_free_blocks == num_blocks
     scheduler.check_integrity()
+
+
+def test_stages_are_kept_busy_with_equal_shares() -> None:
+    engine = make_engine(num_stages=2, max_num_batched_tokens=64)
+    for index in range(7):
+        engine.add(request(str(index), [index, 1, 2], max_tokens=30))
+    executor = engine.executor
+    assert isinstance(executor, ScriptedExecutor)
+    assert len(engine.step()) == 7  # alone in flight: nothing was left for a second step
+    for _ in range(10):
+        assert len(engine.step()) in (3, 4)
+        assert executor.num_in_flight == 1
+    assert executor.num_tokens_per_step[:5] == [21, 4, 3, 4, 3]
+    assert executor.max_in_flight == 2
+    for index in range(7):
+        engine.abort(str(index))
+    assert engine.has_work  # what is in flight has to come back
+    assert engine.step() == []
+    assert not engine.has_work
+    engine.scheduler.check_integrity()
+
+
+def test_a_long_prompt_s_chunks_follow_each_other_through_the_stages() -> None:
+    engine = make_engine(num_stages=3, max_num_batched_tokens=8)
+    engine.add(request("long", list(range(30)), max_tokens=2))
+    executor = engine.executor
+    assert isinstance(executor, ScriptedExecutor)
+    assert engine.step() == []
+    assert executor.num_tokens_per_step == [8, 8, 8]
+    assert drain(engine)["long"] == expected(list(range(30)), 2)
+    assert executor.num_tokens_per_step == [8, 8, 8, 6, 1]
 
 
 def test_decode_rows_come_first_and_prefill_is_chunked() -> None:
@@ -178,7 +214,8 @@ def run(engine: Engine, scheduled: ScheduledBatch) -> list[SequenceOutput]:
     batch = Batch.build(
         scheduled, engine.scheduler.block_tables, engine.info.block_size, sampling.scores
     )
-    return engine.scheduler.update(scheduled, engine.executor.execute(batch, sampling))
+    engine.executor.launch(batch, sampling)
+    return engine.scheduler.update(scheduled, engine.executor.collect())
 
 
 def test_prefix_is_reused_and_reported() -> None:
@@ -282,7 +319,8 @@ def test_a_sequence_without_a_usable_token_ends_alone() -> None:
     scheduled = engine.scheduler.schedule()
     sampling = Sampling.build(scheduled)
     batch = Batch.build(scheduled, engine.scheduler.block_tables, 4, sampling.scores)
-    result = replace(engine.executor.execute(batch, sampling), invalid=[0])
+    engine.executor.launch(batch, sampling)
+    result = replace(engine.executor.collect(), invalid=[0])
     outputs = {output.request_id: output for output in engine.scheduler.update(scheduled, result)}
     assert outputs["bad"].finish_reason == "error"
     assert isinstance(outputs["bad"].error, LogitsError)

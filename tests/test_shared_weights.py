@@ -155,6 +155,8 @@ def test_two_ranks_compute_the_same(tmp_path: Path) -> None:
 def test_a_tied_head_is_stored_once(tied: bool, cache: WeightCache) -> None:
     path = tiny_model("llama", tie_word_embeddings=tied).path
     decoder = PagedDecoder(path, cache=cache).decoder
+    assert decoder.head is not None
+    assert decoder.embed is not None
     weight: Any = decoder.head.linear.weight
     assert (weight.data.data_ptr() == decoder.embed.weight.data_ptr()) == tied
 
@@ -183,7 +185,7 @@ def test_a_checkpoint_that_changes_while_it_is_read_is_refused(
     cache: WeightCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = itertools.count()
-    monkeypatch.setattr(loader_module, "fingerprint", lambda _: [["model", next(sizes), 0]])
+    monkeypatch.setattr(loader_module, "weights_fingerprint", lambda _: [["model", next(sizes), 0]])
     with pytest.raises(CheckpointError, match="changed while it was read"):
         PagedDecoder(tiny_model("llama").path, cache=cache)
     assert list(cache.directory.glob("*.safetensors")) == []

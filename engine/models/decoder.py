@@ -76,10 +76,15 @@ class DecoderLayer:
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    embed: VocabParallelEmbedding
+    """The layers of one stage; the first one embeds, the last one has the final norm and the head.
+
+    Alone, a stage is both.
+    """
+
+    embed: VocabParallelEmbedding | None
     layers: tuple[DecoderLayer, ...]
-    norm: Tensor  # [H]
-    head: VocabParallelHead
+    norm: Tensor | None  # [H]
+    head: VocabParallelHead | None
     cos: Tensor  # [session_len, D]
     sin: Tensor  # with the sign that `apply_rope` wants
     eps: float
@@ -87,23 +92,30 @@ class Decoder:
     @torch.inference_mode()
     def forward(
         self,
-        input_ids: Tensor,
+        inputs: Tensor,
         positions: Tensor,
         meta: AttentionMetadata,
         kv_cache: KVCache,
     ) -> Tensor:
-        """input_ids and positions int64 [T] -> hidden [T, H], normalised; fills the KV cache."""
+        """Token ids int64 [T] -> hidden [T, H], normalised; fills the KV cache.
+
+        Further stages take the hidden [T, H] of the one before, which only the last one
+        normalises. positions int64 [T].
+        """
         rotary = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
-        hidden = self.embed(input_ids)
+        hidden = inputs if self.embed is None else self.embed(inputs)
         residual = torch.zeros_like(hidden)
         for layer, cache in zip(self.layers, kv_cache.layers, strict=True):
             hidden, residual = add_rms_norm(hidden, residual, layer.input_norm, self.eps)
             hidden = layer.attention(hidden, rotary, meta, cache)
             hidden, residual = add_rms_norm(hidden, residual, layer.post_attention_norm, self.eps)
             hidden = layer.mlp(hidden)
+        if self.norm is None:
+            return hidden.add_(residual)
         return add_rms_norm(hidden, residual, self.norm, self.eps)[0]
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor | None:
-        """hidden [L, H] of `forward` -> float32 [L, V] on rank 0, None on the other ranks."""
+        """hidden [L, H] of the last stage -> float32 [L, V] on its rank 0, None on the others."""
+        assert self.head is not None, "the last stage has the head"
         return self.head(hidden)

@@ -6,7 +6,7 @@ that there is no second account of it to keep true.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -18,8 +18,12 @@ from engine.models.rope import rotary_table
 from engine.models.sharding import Shard, check_tp
 from engine.models.spec import DecoderSpec
 from engine.weights.checkpoint import ALL, Checkpoint
-from engine.weights.stored import Int4Matrix, Piece, read_weight
+from engine.weights.stored import Int4Matrix, Piece
 from kernels.dense_linear import multiplies_bf16
+from kernels.int4_aten import AtenInt4Weight
+from kernels.int4_linear import Int4Weight, pack_int4
+
+Shape: TypeAlias = tuple[int, int, int]  # inputs, outputs, group size
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +31,7 @@ class Footprint:
     """Bytes on each rank; all ranks hold the same."""
 
     weights: int  # with the table of rotary angles
-    read_per_step: int  # of them, what a decode step reads: all but an embedding table of its own
+    read_per_step: int  # of them, what a decode step of few rows reads
 
 
 def footprint(
@@ -45,20 +49,21 @@ def footprint(
     the same counts as equal to the embedding.
     """
     check_tp(spec, tp)
-    kind = _Int4Rank if int4 else RankWeights
-    with _NoMemory():
-        checkpoint = cast(Checkpoint, _Shapes(spec))
-        shard = Shard.of(spec, 0, tp)
-        weights = kind(checkpoint, spec, shard, dtype, device, int8_activations=False)
-        sizes = {name: _num_bytes(value) for name, value in weights}
-    tied = "head" not in sizes
-    if tied and device == "cpu" and dtype == torch.bfloat16 and multiplies_bf16():
+    kind = _Int4Rank if int4 else _Rank
+    shapes, shard = cast(Checkpoint, _Shapes(spec)), Shard.of(spec, 0, tp)
+    with torch.device("meta"), _NoMemory():
+        weights = kind(shapes, spec, shard, dtype, device, int8_activations=False)
+        values = dict(weights)
+    sizes = {name: _num_bytes(value) for name, value in values.items()}
+    reads = {name: _num_bytes(_decoding_part(value)) for name, value in values.items()}
+    if "head" in sizes:
+        del reads["embed"]  # a few rows of it
+    elif device == "cpu" and dtype == torch.bfloat16 and multiplies_bf16():
         sizes["head"] = sizes["embed"]  # a copy in oneDNN's layout
-        tied = False
     total = sum(sizes.values())
     angles = rotary_table(spec.rope, spec.head_dim, 1, dtype, "cpu")
     table = session_len * sum(_num_bytes(part) for part in angles)
-    return Footprint(total + table, total if tied else total - sizes["embed"])
+    return Footprint(total + table, sum(reads.values()))
 
 
 def checkpoint_bytes(spec: DecoderSpec) -> int:
@@ -85,12 +90,45 @@ class _Shapes:
         return value[rows, columns] if value.dim() == 2 else value[rows]
 
 
-class _Int4Rank(RankWeights):
-    """4 bits per weight, a zero of 4 and a scale of 16 per group."""
+class _Rank(RankWeights):
+    """Without unpacking what the checkpoint's words would hold, and packing each shape once."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._packed: dict[Shape, Int4Weight] = {}
 
     def _weight(self, pieces: list[Piece], inputs: slice) -> Any:
-        weight = read_weight(self._checkpoint, pieces, inputs, self._dtype)
-        return weight if isinstance(weight, Int4Matrix) else super()._weight(pieces, inputs)
+        group_size = pieces[0].stored.group_size
+        if group_size is None or any(piece.stored.group_size is None for piece in pieces):
+            return super()._weight(pieces, inputs)
+        num_outputs = sum(piece.stop - piece.start for piece in pieces)
+        shape = inputs.stop - inputs.start, num_outputs, group_size
+        return self._int4(shape)
+
+    def _int4(self, shape: Shape) -> Any:
+        if shape not in self._packed:
+            matrix = _int4_matrix(shape)
+            self._packed[shape] = pack_int4(
+                matrix.q, matrix.zeros, matrix.scales, self._dtype, self._device
+            )
+        return self._packed[shape]
+
+
+class _Int4Rank(_Rank):
+    """4 bits per weight, a zero of 4 and a scale of 16 per group."""
+
+    def _int4(self, shape: Shape) -> Any:
+        return _int4_matrix(shape)
+
+
+def _int4_matrix(shape: Shape) -> Int4Matrix:
+    num_inputs, num_outputs, group_size = shape
+    groups = num_inputs // group_size
+    return Int4Matrix(
+        q=torch.empty(num_inputs, num_outputs, dtype=torch.uint8),
+        zeros=torch.empty(groups, num_outputs, dtype=torch.uint8),
+        scales=torch.empty(groups, num_outputs, dtype=torch.float16),
+    )
 
 
 class _NoMemory(TorchFunctionMode):
@@ -106,6 +144,11 @@ class _NoMemory(TorchFunctionMode):
         if func is Tensor.to and len(args) > 1 and isinstance(args[1], str):
             args = (args[0], "meta", *args[2:])
         return func(*args, **(kwargs or {}))
+
+
+def _decoding_part(value: Any) -> Any:
+    """Of a weight in two forms, the one for few rows."""
+    return (value.few_rows or value) if isinstance(value, AtenInt4Weight) else value
 
 
 def _num_bytes(value: Any) -> int:

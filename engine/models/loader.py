@@ -25,11 +25,12 @@ from engine.models.linear import (
 )
 from engine.models.rank_weights import Named, RankWeights
 from engine.models.rope import rotary_table
-from engine.models.sharding import Shard, check_tp
+from engine.models.sharding import Shard, check_pp, check_tp
 from engine.models.spec import DecoderSpec
 from engine.parallel import ParallelGroup
 from engine.weights.cache import WeightCache
-from engine.weights.checkpoint import Checkpoint, fingerprint
+from engine.weights.checkpoint import Checkpoint
+from engine.weights.origin import Origin, weights_fingerprint
 from engine.weights.packed_file import Packed
 from kernels.dense_linear import DenseWeight
 from kernels.rope import signed_sin
@@ -37,7 +38,7 @@ from kernels.stored_weight import Weight, layouts
 
 
 def load_decoder(
-    path: str | Path,
+    checkpoint: str | Path | Origin,
     spec: DecoderSpec,
     *,
     dtype: torch.dtype,
@@ -52,8 +53,10 @@ def load_decoder(
     `session_len` is the number of positions to prepare; None: max_position_embeddings.
     """
     check_tp(spec, group.size)
+    check_pp(spec, group.num_stages)
     session_len = session_len or spec.max_position_embeddings
-    source = _Source(Path(path), spec, group, dtype, device, int8_activations)
+    origin = checkpoint if isinstance(checkpoint, Origin) else Origin.at(Path(checkpoint))
+    source = _Source(origin, spec, group, dtype, device, int8_activations)
     if cache is None:
         weights: Mapping[str, Packed] = dict(source.read())
     else:
@@ -61,29 +64,34 @@ def load_decoder(
     return _Builder(weights, spec, group).decoder(dtype, device, session_len)
 
 
+def _shard(spec: DecoderSpec, group: ParallelGroup) -> Shard:
+    return Shard.of(spec, group.rank, group.size, group.stage, group.num_stages)
+
+
 class _Source:
     """A rank's weights in their checkpoint, and how they are to be packed."""
 
     def __init__(
         self,
-        path: Path,
+        origin: Origin,
         spec: DecoderSpec,
         group: ParallelGroup,
         dtype: torch.dtype,
         device: str,
         int8_activations: bool,
     ) -> None:
-        self._path = path
+        self._origin = origin
         self._spec = spec
-        self._shard = Shard.of(spec, group.rank, group.size)
+        self._shard = _shard(spec, group)
         self._packing = dtype, device, int8_activations
         # All that the packed weights depend on.
         self.key: dict[str, Any] = {
-            "checkpoint": str(path.resolve()),
-            "files": fingerprint(path),
+            "checkpoint": origin.checkpoint,
+            "files": origin.files,
             "spec": repr(spec),
-            "rank": group.rank,
+            "rank": group.global_rank,
             "tp": group.size,
+            "pp": group.num_stages,
             "dtype": str(dtype),
             "device": device,
             "int8_activations": int8_activations,
@@ -95,19 +103,30 @@ class _Source:
         """Readable, and different for every key; the ranks of one model stand together."""
         shared = {name: value for name, value in self.key.items() if name != "rank"}
         digest = hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
-        model = re.sub(r"[^\w.-]", "_", self._path.resolve().name)[:80]
-        return f"{model}-{digest}.rank{self.key['rank']}-of-{self.key['tp']}"
+        model = re.sub(r"[^\w.-]", "_", Path(self._origin.checkpoint).name)[:80]
+        num_ranks = self.key["tp"] * self.key["pp"]
+        return f"{model}-{digest}.rank{self.key['rank']}-of-{num_ranks}"
 
     def read(self) -> Iterator[Named]:
         """Check the checkpoint, then read and pack; CheckpointError when it changes meanwhile."""
-        path, spec = self._path, self._spec
+        if not self._origin.here:
+            raise self._out_of_reach()
+        path, spec = Path(self._origin.checkpoint), self._spec
         with Checkpoint(path) as checkpoint:
             stored = f"{spec.names.head}.weight" in checkpoint.tensors
             own_head = not spec.tie_word_embeddings or stored
             checkpoint.verify(expected_tensors(spec, head=own_head), HARMLESS)
             yield from RankWeights(checkpoint, spec, self._shard, *self._packing)
-        if fingerprint(path) != self.key["files"]:
+        if weights_fingerprint(path) != self._origin.files:
             raise CheckpointError(f"{path} changed while it was read; start again when it is whole")
+
+    def _out_of_reach(self) -> CheckpointError:
+        instructions, version = self.key["instructions"], self.key["torch"].split()[0]
+        return CheckpointError(
+            f"{self._origin.checkpoint} is not on this node, and no other node gave its weights "
+            f"packed for {instructions} and torch {version}; put the checkpoint there, or start an "
+            "engine first on a node that has it, the same kind of CPU and the same torch"
+        )
 
 
 class _Builder:
@@ -121,24 +140,32 @@ class _Builder:
     ) -> None:
         self._weights = weights
         self._spec = spec
-        self._shard = Shard.of(spec, group.rank, group.size)
+        self._shard = _shard(spec, group)
         self._group = group
 
     def decoder(self, dtype: torch.dtype, device: str, session_len: int) -> Decoder:
-        spec, embed = self._spec, self._tensor("embed")
-        head = (
-            self._weight("head") if "head" in self._weights else DenseWeight(embed, reordered=False)
-        )
+        spec, shard = self._spec, self._shard
         cos, sin = rotary_table(spec.rope, spec.head_dim, session_len, dtype, device)
         return Decoder(
-            embed=VocabParallelEmbedding(embed, self._shard.vocab.start, self._group),
-            layers=tuple(self._layer(i, session_len) for i in range(spec.num_layers)),
-            norm=self._tensor("norm"),
-            head=VocabParallelHead(Linear(head), spec.vocab_size, self._group),
+            embed=self._embed() if shard.is_first else None,
+            layers=tuple(self._layer(i, session_len) for i in shard.layers),
+            norm=self._tensor("norm") if shard.is_last else None,
+            head=self._head() if shard.is_last else None,
             cos=cos,
             sin=signed_sin(sin),
             eps=spec.rms_norm_eps,
         )
+
+    def _embed(self) -> VocabParallelEmbedding:
+        return VocabParallelEmbedding(self._tensor("embed"), self._shard.vocab.start, self._group)
+
+    def _head(self) -> VocabParallelHead:
+        weight = (
+            self._weight("head")
+            if "head" in self._weights
+            else DenseWeight(self._tensor("embed"), reordered=False)
+        )
+        return VocabParallelHead(Linear(weight), self._spec.vocab_size, self._group)
 
     def _layer(self, index: int, session_len: int) -> DecoderLayer:
         name = f"layers.{index}"

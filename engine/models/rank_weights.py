@@ -1,6 +1,7 @@
 """One rank's weights from a checkpoint, by our names: read, cut, fused and packed, one at a time.
 
-    embed, norm, head                     head only where it is not embed as it stands
+    embed                                 in the first stage
+    norm, head                            in the last; head only where it is not embed as it stands
     layers.I.input_norm, .post_attention_norm, .qk_norm
     layers.I.L.weight, .bias              L: qkv, o, gate_up, down; bias where there is one
 
@@ -47,23 +48,28 @@ class RankWeights:
         self._int8_activations = int8_activations
 
     def __iter__(self) -> Iterator[Named]:
-        names = self._spec.names
         yield from self._tables()
-        yield "norm", self._vector(f"{names.norm}.weight")
-        for layer in range(self._spec.num_layers):
+        if self._shard.is_last:
+            yield "norm", self._vector(f"{self._spec.names.norm}.weight")
+        for layer in self._shard.layers:
             for name, value in self._layer(layer):
                 yield f"layers.{layer}.{name}", value
 
     def _tables(self) -> Iterator[Named]:
-        spec = self._spec
-        head_name = f"{spec.names.head}.weight"
-        embed = head = self._vocab_rows(f"{spec.names.embed}.weight")
-        yield "embed", embed
+        spec, shard, embed = self._spec, self._shard, None
+        embed_name, head_name = f"{spec.names.embed}.weight", f"{spec.names.head}.weight"
+        if shard.is_first:
+            embed = self._vocab_rows(embed_name)
+            yield "embed", embed
+        if not shard.is_last:
+            return
         if head_name in self._checkpoint.tensors:
             head = self._vocab_rows(head_name)
             # Some exporters store the tied matrix twice; a head that differs is its own.
-            if spec.tie_word_embeddings and torch.equal(head, embed):
+            if embed is not None and spec.tie_word_embeddings and torch.equal(head, embed):
                 head = embed
+        else:
+            head = self._vocab_rows(embed_name) if embed is None else embed
         # int8 where int8 rows are allowed: a bf16 head is a quarter of a small model's step.
         int8 = self._int8_activations and has_int8_kernel(self._device, self._dtype)
         packed = pack_int8(head) if int8 else pack_dense(head)

@@ -1,7 +1,9 @@
-"""How a spec is cut over tp ranks, and which tp values cut it evenly.
+"""How a spec is cut over pp stages of tp ranks, and which values can cut it.
 
-Query heads, the MLP's inner features and (padded) token ids are dealt in equal runs. With more
-ranks than kv heads, neighbouring ranks share one.
+Layers are dealt to the stages in equal runs, one more to the first ones where they do not come
+out even: the last stage has the head to compute. Within a stage query heads, the MLP's inner
+features and (padded) token ids are dealt in equal runs. With more ranks than kv heads,
+neighbouring ranks share one.
 """
 
 from dataclasses import dataclass
@@ -18,9 +20,13 @@ class Shard:
     kv_heads: range
     inner: range  # the MLP's intermediate features
     vocab: range  # may end beyond vocab_size: padding
+    layers: range
+    is_first: bool  # of the stages: it embeds
+    is_last: bool  # it has the final norm and the head
 
     @classmethod
-    def of(cls, spec: DecoderSpec, rank: int, tp: int) -> "Shard":
+    def of(cls, spec: DecoderSpec, rank: int, tp: int, stage: int = 0, pp: int = 1) -> "Shard":
+        """Of the `rank`-th of the tp ranks of a stage."""
         kv_heads = (
             _run(spec.num_kv_heads, rank, tp)
             if spec.num_kv_heads >= tp
@@ -31,6 +37,25 @@ class Shard:
             kv_heads=kv_heads,
             inner=_run(spec.intermediate_size, rank, tp),
             vocab=_run(-(-spec.vocab_size // tp) * tp, rank, tp),
+            layers=stage_layers(spec.num_layers, stage, pp),
+            is_first=stage == 0,
+            is_last=stage == pp - 1,
+        )
+
+
+def stage_layers(num_layers: int, stage: int, pp: int) -> range:
+    """The layers of a stage."""
+    size, more = divmod(num_layers, pp)
+    start = stage * size + min(stage, more)
+    return range(start, start + size + (stage < more))
+
+
+def check_pp(spec: DecoderSpec, pp: int) -> None:
+    """ConfigError when there are fewer layers than stages."""
+    if pp > spec.num_layers:
+        raise ConfigError(
+            f"pp={pp} does not fit this model: it has {spec.num_layers} layers, and every stage "
+            "needs one"
         )
 
 

@@ -1,44 +1,51 @@
 """WeightCache: the packed weights of each rank as files, made once per node and mapped by all.
 
-The directory holds one CacheEntry per rank and key. Whoever comes first makes it and the others
-wait; what goes wrong with the files costs a warning and a private copy, never an engine. A file is
-found by its name, so that one made on another node may be put here with its manifest. This module
-knows neither models nor checkpoints.
+The directory holds one CacheEntry per rank and key. Whoever comes first gets it from a peer or
+makes it, and the others wait; what goes wrong with the files costs a warning and a private copy,
+never an engine. A file is found by its name, the same on every node. This module knows neither
+models nor checkpoints.
 """
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO, TypeAlias, TypeVar
 
-from engine.errors import ConfigError
-from engine.weights.cache_entry import CacheEntry, Key, Make
-from engine.weights.packed_file import Packed
+from engine.weights.ahead import ahead
+from engine.weights.cache_entry import CacheEntry, Key, crc32_of
+from engine.weights.own_directory import check_owner, create_own
+from engine.weights.packed_file import Packed, PackedWriter, map_packed
+from engine.weights.peers import Parcel, PeerError, Peers, receive
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+Make: TypeAlias = Callable[[], Iterable[tuple[str, Packed]]]
+
 DATA = "*.safetensors"
 UNFINISHED = "*.tmp"
-OTHERS_WRITE = 0o022
 
 
 class WeightCache:
-    def __init__(self, directory: Path, max_bytes: int) -> None:
+    def __init__(self, directory: Path, max_bytes: int, peers: Peers | None = None) -> None:
         """ConfigError when another user owns the directory or may write to it."""
         self.directory = directory
         self.mapped_bytes = 0  # by `load`; the kernel counts these pages as available memory
         self._max_bytes = max_bytes
-        _check_owner(directory)
+        self._peers = peers
+        check_owner(directory)
 
     def load(self, name: str, key: Key, make: Make) -> Mapping[str, Packed]:
-        """The mapped values of the file for `name` and `key`, made first if it is not there.
+        """The mapped values of the file for `name` and `key`, fetched or made first if need be.
 
-        Without a usable directory, or room on its disk: what `make` gives, in private memory.
+        Without a usable directory, or room on its disk: the same in private memory. `make` is
+        asked when no peer gives the file, and its errors are raised.
         """
         entry = CacheEntry(self.directory / f"{name}.safetensors")
         try:
-            values = entry.open(key)
+            values = _map(entry, key)
             if values is None:
                 values = self._make(entry, key, make)
             self.mapped_bytes += entry.data.stat().st_size
@@ -50,21 +57,24 @@ class WeightCache:
                 self.directory,
                 error,
             )
-            return dict(make())
+            return self._load_privately(name, key, make)
         entry.touch()
+        if self._peers is not None:
+            self._peers.announce(entry.data)
         return values
 
     def _make(self, entry: CacheEntry, key: Key, make: Make) -> Mapping[str, Packed]:
-        _create_own(self.directory)
+        create_own(self.directory)
         with entry.locked(wait=True):
             # Somebody else may have made it while this process waited.
-            values = entry.open(key)
+            values = _map(entry, key)
             if values is None:
                 if entry.data.exists():
                     logger.warning("%s is not what was written there; made again", entry.data)
-                logger.info("packing weights into %s", entry.data)
-                entry.write(key, make)
-                values = entry.open(key)
+                if not self._fetch(entry, key):
+                    logger.info("packing weights into %s", entry.data)
+                    entry.write(key, lambda file: _pack(file, make))
+                values = _map(entry, key)
             if values is None:
                 raise OSError(f"{entry.data} changed right after it was written")
         try:
@@ -72,6 +82,29 @@ class WeightCache:
         except OSError as error:
             logger.warning("weights cache: %s cannot be trimmed: %s", self.directory, error)
         return values
+
+    def _load_privately(self, name: str, key: Key, make: Make) -> Mapping[str, Packed]:
+        return self._from_peers(name, key, _map_in_memory) or dict(make())
+
+    def _fetch(self, entry: CacheEntry, key: Key) -> bool:
+        """Whether a peer gave the file, which is here then. OSError is this node's fault."""
+
+        def write(parcel: Parcel) -> bool:
+            logger.info("receiving weights into %s", entry.data)
+            entry.write(key, lambda file: receive(parcel, file))
+            return True
+
+        return self._from_peers(entry.data.stem, key, write) is not None
+
+    def _from_peers(self, name: str, key: Key, take: Callable[[Parcel], T]) -> T | None:
+        """What `take` makes of the first peer's file that comes whole."""
+        for peer in self._peers.holding(name) if self._peers is not None else ():
+            try:
+                with peer.send(key) as parcel:
+                    return take(parcel)
+            except PeerError as error:
+                logger.warning("%s does not come from %s: %s", name, peer.address, error)
+        return None
 
     def _trim(self) -> None:
         """Delete entries, the one unused longest first, until the rest fit; never one in use."""
@@ -90,25 +123,23 @@ class WeightCache:
             CacheEntry(path.with_suffix(".safetensors")).delete_unfinished()
 
 
-def _check_owner(directory: Path) -> None:
-    """What is mapped is computed with: nobody else may put a file here."""
-    try:
-        found = directory.stat()
-    except OSError:  # not there yet: `_create_own` makes it, or says why it cannot
-        return
-    if found.st_uid != os.geteuid():
-        raise ConfigError(
-            f"weights_cache {directory} belongs to user {found.st_uid}, this process to "
-            f"{os.geteuid()}; name a directory of your own, or null"
-        )
-    if found.st_mode & OTHERS_WRITE:
-        raise ConfigError(
-            f"others may write to weights_cache {directory} (mode {found.st_mode & 0o777:o}); "
-            f"run: chmod 700 {directory}"
-        )
+def _map(entry: CacheEntry, key: Key) -> Mapping[str, Packed] | None:
+    with entry.open(key) as found:
+        return map_packed(found[0]) if found is not None else None
 
 
-def _create_own(directory: Path) -> None:
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    directory.mkdir(mode=0o700, exist_ok=True)
-    _check_owner(directory)
+def _map_in_memory(parcel: Parcel) -> Mapping[str, Packed]:
+    with open(os.memfd_create("manta-weights"), "w+b") as file:
+        receive(parcel, file)
+        file.flush()
+        return map_packed(file)
+
+
+def _pack(file: BinaryIO, make: Make) -> int:
+    writer = PackedWriter(file)
+    # Writing 1 GB takes as long as packing it; the two use different parts of the machine.
+    for name, value in ahead(iter(make())):
+        writer.add(name, value)
+    writer.finish()
+    file.flush()
+    return crc32_of(file)

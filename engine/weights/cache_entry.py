@@ -1,43 +1,48 @@
-"""CacheEntry: one file of packed weights that is whole or not there, and who holds it.
+"""CacheEntry: one file that is whole or not there, and who holds it.
 
-    NAME.safetensors   the weights (engine/weights/packed_file.py)
+    NAME.safetensors   the content
     NAME.json          its manifest, written last: what it was made from, its size and sum
-    NAME.lock          held by whoever makes or deletes it
+    NAME.lock          held by whoever makes or deletes it; names that process
     NAME.tmp           being written under that lock, or left by a maker that was killed
 
-The file is in use as long as a process holds a shared lock on it, which its mapping does. Both
+The file is in use as long as a process holds a shared lock on it, which a mapping of it does. Both
 locks are flock's, which end with their holder, however it ends. This module knows neither the
-directory's other files nor what the weights are.
+directory's other files nor what the content is, and needs no torch: a process that only sends the
+file imports it.
 """
 
 import json
 import logging
 import os
+import socket
+import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, flock
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
-from engine.weights.packed_file import Packed, PackedWriter, map_packed
-
 logger = logging.getLogger(__name__)
 
-Make: TypeAlias = Callable[[], Iterable[tuple[str, Packed]]]
-Key: TypeAlias = Mapping[str, Any]  # JSON: all that the weights depend on
+Key: TypeAlias = Mapping[str, Any]  # JSON: all that the content depends on
+Fill: TypeAlias = Callable[[BinaryIO], int]  # writes the content, returns its CRC
 
 CHUNK = 1 << 22  # bytes read at once for a sum
+POLL_S = 0.02  # between two tries for a lock that somebody holds
+NAME_HOLDER_AFTER_S = 5.0
+# A maker writes a weight every few ms, and syncs at the end, 1 s per GB on a disk of this kind.
+STALLED_AFTER_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Manifest:
+class Manifest:
     """What tells the whole file from any other.
 
     ctime_ns is the file's last change of any kind, which no program can set: as long as it is
     what the maker saw, nothing was written since, and a file of 1 GB is trusted in microseconds.
-    Otherwise (it was copied, restored, written to) its sum decides, about 1 s per GB, once.
+    Otherwise (it was copied, restored, written to) its sum decides, about 0.3 s per GB, once.
     """
 
     key: Key
@@ -58,34 +63,34 @@ class CacheEntry:
     def unfinished(self) -> Path:
         return self.data.with_suffix(".tmp")
 
-    def open(self, key: Key) -> Mapping[str, Packed] | None:
-        """Map it; None when there is no file for this key, or not the whole of it."""
-        try:
-            manifest = _Manifest(**json.loads(self.manifest.read_text()))
-            with self.data.open("rb") as file:
-                # The mapping keeps this lock after the file object is closed.
-                flock(file, LOCK_SH | LOCK_NB)
-                whole = manifest.key == key and self._is_whole(file, manifest)
-                return map_packed(file) if whole else None
-        except (FileNotFoundError, BlockingIOError):  # absent, or being deleted
-            return None
-        except (ValueError, TypeError):  # no manifest
-            return None
+    @property
+    def lock(self) -> Path:
+        return self.data.with_suffix(".lock")
 
-    def write(self, key: Key, make: Make) -> None:
+    @contextmanager
+    def open(self, key: Key) -> Iterator[tuple[BinaryIO, Manifest] | None]:
+        """The file, in use while it or a mapping of it is open; None when there is no file for
+        this key, or not the whole of it.
+        """
+        try:
+            manifest = Manifest(**json.loads(self.manifest.read_text()))
+            file = self.data.open("rb")
+        except (FileNotFoundError, ValueError, TypeError):  # absent, or no manifest
+            yield None
+            return
+        with file:
+            yield (file, manifest) if manifest.key == key and self._hold(file, manifest) else None
+
+    def write(self, key: Key, fill: Fill) -> None:
         """Under the lock. Whatever interrupts it, the manifest fits no file but a whole one."""
         try:
             with self.unfinished.open("w+b") as file:
                 self.unfinished.chmod(0o600)
-                writer = PackedWriter(file)
-                for name, value in make():
-                    writer.add(name, value)
-                writer.finish()
+                crc32 = fill(file)
                 _sync(file)
-                crc32 = _crc32(file)
                 self.unfinished.rename(self.data)
                 found = os.fstat(file.fileno())  # after the rename, which is a change too
-            self._write_manifest(_Manifest(key, found.st_size, found.st_ctime_ns, crc32))
+            self._write_manifest(Manifest(key, found.st_size, found.st_ctime_ns, crc32))
         except BaseException:
             self.unfinished.unlink(missing_ok=True)
             raise
@@ -105,9 +110,9 @@ class CacheEntry:
     def delete_unused(self) -> bool:
         """Whether nobody used it, so that it is gone."""
         try:
-            with self.locked(wait=False) as lock, self.data.open("r+b") as file:
+            with self.locked(wait=False), self.data.open("r+b") as file:
                 flock(file, LOCK_EX | LOCK_NB)  # NFS wants a file open for writing
-                for gone in (self.manifest, self.data, lock):
+                for gone in (self.manifest, self.data, self.lock):
                     gone.unlink(missing_ok=True)
         except (FileNotFoundError, BlockingIOError):
             return False
@@ -119,38 +124,51 @@ class CacheEntry:
             self.unfinished.unlink(missing_ok=True)
 
     @contextmanager
-    def locked(self, *, wait: bool) -> Iterator[Path]:
-        """Hold the lock alone; BlockingIOError when somebody else does and `wait` is false."""
-        path = self.data.with_suffix(".lock")
+    def locked(self, *, wait: bool) -> Iterator[None]:
+        """Hold the lock alone.
+
+        While somebody else does: BlockingIOError, at once if `wait` is false, else when the
+        holder has written nothing for STALLED_AFTER_S.
+        """
+        waiting = _Waiting(self)
         while True:
-            with path.open("ab") as file:
+            with self.lock.open("ab") as file:
                 try:
                     flock(file, LOCK_EX | LOCK_NB)
                 except BlockingIOError:
                     if not wait:
                         raise
-                    logger.info("waiting for the process that holds %s", path)
-                    flock(file, LOCK_EX)
+                    waiting.check()
+                    time.sleep(POLL_S)
+                    continue
                 # Whoever deleted the entry deleted this file under the waiting process.
                 if os.fstat(file.fileno()).st_nlink == 0:
                     continue
-                yield path
+                file.truncate(0)
+                file.write(f"{os.getpid()} on {socket.gethostname()}".encode())
+                file.flush()
+                yield
                 return
 
-    def _is_whole(self, file: BinaryIO, manifest: _Manifest) -> bool:
+    def _hold(self, file: BinaryIO, manifest: Manifest) -> bool:
+        """Whether it is whole; it is in use from now on."""
+        try:
+            flock(file, LOCK_SH | LOCK_NB)
+        except BlockingIOError:  # being deleted
+            return False
         found = os.fstat(file.fileno())
         if found.st_nlink == 0 or found.st_size != manifest.size:
             return False
         if found.st_ctime_ns == manifest.ctime_ns:
             return True
-        if _crc32(file) != manifest.crc32:
+        if crc32_of(file) != manifest.crc32:
             return False
         # Spare the next engine the sum, where this one may write and nobody makes the file.
         with suppress(OSError), self.locked(wait=False):
             self._write_manifest(replace(manifest, ctime_ns=found.st_ctime_ns))
         return True
 
-    def _write_manifest(self, manifest: _Manifest) -> None:
+    def _write_manifest(self, manifest: Manifest) -> None:
         with self.unfinished.open("wb") as file:
             file.write(json.dumps(asdict(manifest), indent=1).encode())
             _sync(file)
@@ -158,7 +176,49 @@ class CacheEntry:
         _sync_directory(self.data.parent)
 
 
-def _crc32(file: BinaryIO) -> int:
+class _Waiting:
+    """How long a process has waited for the holder of an entry's lock, and seen it do nothing."""
+
+    def __init__(self, entry: CacheEntry) -> None:
+        self._entry = entry
+        self._since = self._moved = time.monotonic()
+        self._progress: tuple[int, int] | None = None
+        self._named = False
+
+    def check(self) -> None:
+        """Log the holder once; BlockingIOError when it has stalled."""
+        now, progress = time.monotonic(), self._seen()
+        if progress != self._progress:
+            self._progress, self._moved = progress, now
+        if now - self._since > NAME_HOLDER_AFTER_S and not self._named:
+            self._named = True
+            logger.warning("waiting for process %s, which holds %s", self._holder(), self._lock)
+        if now - self._moved > STALLED_AFTER_S:
+            raise BlockingIOError(
+                f"process {self._holder()} holds {self._lock} and has written nothing for "
+                f"{STALLED_AFTER_S:.0f} s; end it if it hangs"
+            )
+
+    @property
+    def _lock(self) -> Path:
+        return self._entry.lock
+
+    def _seen(self) -> tuple[int, int] | None:
+        """What changes while the holder writes."""
+        try:
+            found = self._entry.unfinished.stat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_size
+
+    def _holder(self) -> str:
+        try:
+            return self._lock.read_text() or "unknown"
+        except FileNotFoundError:
+            return "unknown"
+
+
+def crc32_of(file: BinaryIO) -> int:
     file.seek(0)
     value = 0
     while chunk := file.read(CHUNK):

@@ -38,17 +38,6 @@ class StoredTensor:
     dtype: str
 
 
-def fingerprint(path: Path) -> list[list[str | int]]:
-    """Name, size and time of change of the files that hold weights; changes when they do.
-
-    Headers would not do: a model trained further has the same. Sums of the content would read
-    all of it at every start, 0.7 s per GB; writing a file changes its time.
-    """
-    files = (*path.glob("*.safetensors"), *path.glob(f"*{INDEX_FILE}"))
-    found = [(file.name, file.stat()) for file in sorted(files) if file.is_file()]
-    return [[name, status.st_size, status.st_mtime_ns] for name, status in found]
-
-
 class Checkpoint:
     """Open files of one checkpoint; a context manager, because the files are memory-mapped."""
 
