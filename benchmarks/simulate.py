@@ -73,7 +73,7 @@ CASES = [
     Case("defaults", {}, {}),
     *[Case(f"utilization {share}", {}, {"utilization": share}) for share in (0.5, 0.9)],
     *[Case(f"drain_s {seconds:g}", {}, {"drain_s": seconds}) for seconds in (2.0, 30.0)],
-    *[Case(f"downscale_delay_s {s}", {"downscale_delay_s": s}, {}) for s in (10, 120)],
+    *[Case(f"downscale_delay_s {s}", {"downscale_delay_s": s}, {}) for s in (10, 30, 120)],
     *[Case(f"replicas start in {s:g} s", {}, {}, s) for s in (4.0, 60.0)],
     *[fixed(number) for number in (3, 4, 6, 8)],
 ]
