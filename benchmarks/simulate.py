@@ -10,6 +10,7 @@ run. No Ray process is started.
 """
 
 import argparse
+import itertools
 import math
 import os
 import statistics
@@ -165,10 +166,10 @@ def _figures(outcomes: list[Outcome]) -> list[float]:
 
 def _plot_trade_off(figure: Any, rows: list[list[str | float]]) -> None:
     axes = figure.subplots()
-    for name, met, *others in rows:
-        is_fixed = "fixed" in str(name)
-        axes.scatter(others[3], met, color="tab:gray" if is_fixed else "tab:blue")
-        axes.annotate(name, (others[3], met), fontsize=7, xytext=(4, 2), textcoords="offset points")
+    for (name, met, *others), marker in zip(rows, itertools.cycle("osD^v<>P*Xph"), strict=False):
+        color = "black" if "fixed" in str(name) else None  # None: the next of the cycle
+        axes.scatter(others[3], met, color=color, marker=marker, s=50, label=name)
+    figure.legend(loc="outside right upper", fontsize=8)
     axes.set_xlabel("replica seconds per million tokens")
     axes.set_ylabel("requests within the SLO, %")
 
