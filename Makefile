@@ -49,6 +49,7 @@ bench: install
 	@$(VENV)/bin/python -m benchmarks.cpu_engine
 	@$(VENV)/bin/python -m benchmarks.failover
 	@$(VENV)/bin/python -m benchmarks.weights
+	@$(VENV)/bin/python -m benchmarks.parallel
 	@$(VENV)/bin/python -m benchmarks.report
 
 .PHONY: help install serve test coverage check bench
