@@ -13,6 +13,7 @@ help:
 	@echo "make serve     the demo model at http://127.0.0.1:8000/v1  (ARGS=\"MODEL --port 8001\")"
 	@echo "make test      pytest  (ARGS=\"-k scheduler\")"
 	@echo "make coverage  pytest, then the share of engine/ and serve_app/ that ran; fails below 90 %"
+	@echo "make chaos     faults at random under a load that verifies every token, 10 minutes  (ARGS=\"--minutes 2\")"
 	@echo "make check     ruff format, ruff, mypy"
 	@echo "make bench     every benchmark, then docs/benchmarks.md"
 
@@ -38,6 +39,9 @@ coverage: install
 	@$(VENV)/bin/python -m coverage combine -q
 	@$(VENV)/bin/python -m coverage report --sort=cover --skip-covered
 
+chaos: install
+	@$(VENV)/bin/python -m tests.chaos $(ARGS)
+
 check: install
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/ruff check .
@@ -52,4 +56,4 @@ bench: install
 	@$(VENV)/bin/python -m benchmarks.parallel
 	@$(VENV)/bin/python -m benchmarks.report
 
-.PHONY: help install serve test coverage check bench
+.PHONY: help install serve test coverage chaos check bench

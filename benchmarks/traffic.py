@@ -1,8 +1,8 @@
 """Traffic for benchmarks/simulate.py: generated, or read from a trace file.
 
 A trace is CSV with the header `arrival_s,prompt_tokens,output_tokens,prefix_id,prefix_tokens`, in
-the order of arrival. Requests of the same prefix_id begin with the same prefix_tokens tokens; an empty
-id shares nothing.
+the order of arrival. Requests of the same prefix_id begin with the same prefix_tokens tokens; an
+empty id shares nothing.
 """
 
 import csv
@@ -29,7 +29,8 @@ class Traffic:
     """What `generate` draws from.
 
     The rate follows a day of `period_s` seconds, from `trough` of its mean up; bursts come at
-    random and multiply it. Lengths are log-normal: half of them below the median, few many times longer.
+    random and multiply it. Lengths are log-normal: half of them below the median, few many times
+    longer.
     """
 
     duration_s: float = 600.0

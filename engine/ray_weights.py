@@ -5,8 +5,7 @@ node that joins reads it and starts a task on a node named there, which sends th
 through the object stores: it needs an idle worker there, no engine. Pieces belong to the receiver,
 so they are freed as it writes them, and when it dies.
 
-A Serve deployment actor could keep the directory, but Serve (2.60) starts no replica before such
-actors run, and gives each version of the application new ones, which would know nothing.
+docs/architecture.md says why no Serve deployment actor does this.
 """
 
 import json
@@ -16,8 +15,7 @@ import random
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +33,7 @@ from ray.experimental.internal_kv import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from engine.config import EngineConfig
+from engine.weights.ahead import ahead
 from engine.weights.cache_entry import CacheEntry, Key, Manifest
 from engine.weights.origin import Fingerprint, Origin, settings_files
 from engine.weights.own_directory import create_own
@@ -42,7 +41,7 @@ from engine.weights.peers import Parcel, PeerError, Piece
 
 logger = logging.getLogger(__name__)
 
-NAMESPACE = "manta-weights"
+NAMESPACE = "manta-weights-1"  # counts the forms of Announcement
 PIECE_BYTES = 32 << 20
 PIECES_AHEAD = 2  # in the sender's object store; the receiver's holds two more
 SILENCE_S = 60.0  # a peer that sends nothing for so long is given up
@@ -79,7 +78,7 @@ class RayPeer:
             _generator_backpressure_num_objects=PIECES_AHEAD,
         )
         stream = task.remote(self.data, dict(key))
-        pieces = _ahead(stream)
+        pieces = ahead(_items(stream))
         try:
             manifest = next(pieces, None)
             if not isinstance(manifest, Manifest):
@@ -112,7 +111,7 @@ class RayPeers:
     def origin(self, checkpoint: Path) -> Origin:
         """The checkpoint on this node, else the version last read elsewhere, its settings here."""
         self._origin = Origin.at(checkpoint)
-        if not self._origin.files:
+        if not self._origin.has_weights:
             self._origin = self._elsewhere() or self._origin
         return self._origin
 
@@ -148,9 +147,9 @@ class RayPeers:
 
     def _announced(self) -> list[tuple[str, Announcement]]:
         """By nodes that live, each with its id; what dead ones announced is forgotten."""
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
         found = []
         try:
+            alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
             for key in _internal_kv_list(self._prefix, namespace=NAMESPACE):
                 node = key.decode().rsplit("\n", 1)[1]
                 if node not in alive:
@@ -226,24 +225,16 @@ def _on(node: str, task: Callable[..., Any], **options: Any) -> Any:
     return remote.options(num_cpus=0, max_retries=0, scheduling_strategy=affinity, **options)
 
 
-def _ahead(stream: Stream) -> Generator[Any, None, None]:
-    """What it yields; the next is on its way while one is used."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(_next, stream)
-        while (item := coming.result()) is not None:
-            coming = pool.submit(_next, stream)
-            yield item
-
-
-def _next(stream: Stream) -> Any:
-    """None at the end; PeerError when the sender failed, died or says nothing."""
+def _items(stream: Stream) -> Iterator[Any]:
+    """What it yields; PeerError when the sender failed, died or says nothing."""
     try:
-        ready, _ = ray.wait([stream], timeout=SILENCE_S)
-        if not ready:
-            raise PeerError(f"it sent nothing for {SILENCE_S:.0f} s")
-        return ray.get(next(stream), timeout=SILENCE_S)
+        while True:
+            ready, _ = ray.wait([stream], timeout=SILENCE_S)
+            if not ready:
+                raise PeerError(f"it sent nothing for {SILENCE_S:.0f} s")
+            yield ray.get(next(stream), timeout=SILENCE_S)
     except StopIteration:
-        return None
+        return
     except RayError as error:
         raise PeerError(_reason(error)) from error
 

@@ -18,6 +18,7 @@ from engine.sequence import EngineRequest
 from serve_app.metrics import SequenceTimer
 from serve_app.request_times import RequestTimes
 from serve_app.served_model import ServedModel
+from serve_app.tracing import Operation, RequestTracer, request_attributes
 
 if TYPE_CHECKING:
     from serve_app.event_ids import EventIds
@@ -72,6 +73,7 @@ class Generation:
         prompts: Sequence[list[int]],
         params: SamplingParams,
         *,
+        operation: Operation,
         request_id: str,
         received: float,
         cache_salt: str | None = None,
@@ -87,6 +89,8 @@ class Generation:
         self.n = params.n
         self.num_choices = len(prompts) * params.n
         self._user = user
+        self._operation: Operation = operation
+        self._params = params
         self._model = model
         self._requests = [
             request
@@ -106,16 +110,20 @@ class Generation:
         self.times.submitted = time.perf_counter()
         self._model.metrics.framework.observe(self.times.framework)
         self._model.metrics.record_seconds("framework", self.times.framework)
+        if self._model.tracer is not None:
+            self._trace_context = self._model.tracer.context()
         self._open = self._model.engine.open(self._requests)
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self.times.ended = time.perf_counter()
         self._model.engine.close(self._open)
         for choice in self._choices:
             choice.end("abort")  # those that have ended already say so
         if logger.isEnabledFor(logging.INFO):
             self._log()
+        if self._model.tracer is not None:
+            self._trace(self._model.tracer, error)
 
     async def next(self) -> list[Delta]:
         """What arrived since the last call; waits for something; [] when all choices ended.
@@ -163,6 +171,23 @@ class Generation:
             counts.completion,
             ",".join(choice.ended for choice in self._choices),
             f" user={self._user!r}" if self._user else "",
+        )
+
+    def _trace(self, tracer: RequestTracer, error: BaseException | None) -> None:
+        counts = self.counts()
+        tracer.record(
+            self._trace_context,
+            f"{self._operation} {self._model.name}",
+            self.times,
+            request_attributes(self._operation, self._model.name, self._params)
+            | {
+                "gen_ai.response.id": self.request_id,
+                "gen_ai.response.finish_reasons": [choice.ended for choice in self._choices],
+                "gen_ai.usage.input_tokens": counts.prompt,
+                "gen_ai.usage.output_tokens": counts.completion,
+                "gen_ai.usage.cache_read.input_tokens": counts.cached,
+            },
+            error,
         )
 
     def _advance(self, index: int, output: SequenceOutput) -> Delta:

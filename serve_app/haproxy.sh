@@ -40,7 +40,7 @@ for argument in "$@"; do
         for path in $(grep -alsF -- "$argument" /proc/[0-9]*/cmdline); do
             pid=${path#/proc/}
             pid=${pid%/cmdline}
-            [ "$pid" = $$ ] || orphans="$orphans $pid"
+            [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = haproxy ] && orphans="$orphans $pid"
         done
     fi
     [ "$argument" = -sf ] && reload=yes

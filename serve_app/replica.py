@@ -21,6 +21,7 @@ from serve_app.draining import end_before_kill
 from serve_app.http_app import create_http_app
 from serve_app.metrics import Metrics
 from serve_app.served_model import Limits, ServedModel
+from serve_app.tracing import RequestTracer
 
 if TYPE_CHECKING:
     from engine.tokenizer import Tokenizer
@@ -65,6 +66,7 @@ class LLMReplica:
             metrics=metrics,
             limits=limits,
             config=config,
+            tracer=RequestTracer.create(),
         )
         self._meter = LoadMeter(config.max_num_seqs)
         self._ending = asyncio.ensure_future(end_before_kill(self._model.engine))

@@ -49,7 +49,7 @@ def _start_serve(schema: ServeDeploySchema) -> Proxies:
         schema.http_options.model_dump(),
         grpc_options=None,
         global_logging_config=None,
-        global_tracing_config=None,
+        global_tracing_config=schema.tracing_config,
         controller_options=ControllerOptions(),
         proxy_location=schema.proxy_location,
     )

@@ -5,6 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from ray._common.utils import import_attr
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import (
     DeploymentSchema,
@@ -13,6 +14,7 @@ from ray.serve.schema import (
     RayActorOptionsSchema,
     ServeApplicationSchema,
     ServeDeploySchema,
+    TracingConfig,
 )
 
 from engine.errors import ConfigError
@@ -31,9 +33,11 @@ def to_schema(config: dict[str, Any]) -> ServeDeploySchema:
                 raise ConfigError(f"{FILE}: unknown key {place}; {nearest(key, known)}")
     _check_scaling(config)
     try:
-        return ServeDeploySchema.model_validate(config)
+        schema = ServeDeploySchema.model_validate(config)
     except ValidationError as error:
         raise _refusal(error) from error
+    _check_tracing(schema.tracing_config)
+    return schema
 
 
 def _levels(config: dict[str, Any]) -> Iterator[tuple[str, Any, Collection[str]]]:
@@ -41,6 +45,7 @@ def _levels(config: dict[str, Any]) -> Iterator[tuple[str, Any, Collection[str]]
     yield "", config, _keys(ServeDeploySchema)
     yield "http_options", config.get("http_options"), _keys(HTTPOptionsSchema)
     yield "logging_config", config.get("logging_config"), _keys(LoggingConfig)
+    yield "tracing_config", config.get("tracing_config"), _keys(TracingConfig)
     for app in config["applications"]:
         yield "applications.0", app, _keys(ServeApplicationSchema)
         yield "applications.0.logging_config", app.get("logging_config"), _keys(LoggingConfig)
@@ -76,6 +81,16 @@ def _check_scaling(config: dict[str, Any]) -> None:
                 raise ConfigError(f"{FILE}: {place}.policy.policy_function: {error}") from error
             if checked.policy.policy_function == POLICY:
                 _check_policy(checked.policy.policy_kwargs, f"{place}.policy.policy_kwargs")
+
+
+def _check_tracing(tracing: TracingConfig | None) -> None:
+    """What replicas would fail to import, each time they start."""
+    if tracing is None or not tracing.enabled or not tracing.exporter_import_path:
+        return
+    try:
+        import_attr(tracing.exporter_import_path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{FILE}: tracing_config.exporter_import_path: {error}") from error
 
 
 def _check_policy(settings: dict[str, Any], place: str) -> None:

@@ -14,6 +14,7 @@ from serve_app.async_engine import AsyncEngine
 from serve_app.errors import ApiError, invalid, shown
 from serve_app.metrics import Metrics
 from serve_app.protocol.messages import Message, to_template
+from serve_app.tracing import RequestTracer
 
 if TYPE_CHECKING:
     from engine.executor import EngineInfo
@@ -42,6 +43,7 @@ class ServedModel:
     metrics: Metrics
     limits: Limits
     config: EngineConfig
+    tracer: RequestTracer | None = None
 
     @property
     def max_body_bytes(self) -> int:

@@ -42,11 +42,11 @@ class Server:
 
     url = ""
 
-    def __init__(self, *command: str | Path) -> None:
+    def __init__(self, *command: str | Path, cwd: Path = ROOT) -> None:
         self._mark = f"MANTA_TEST={uuid4()}"
         self.process = subprocess.Popen(
             [str(part) for part in command],
-            cwd=ROOT,
+            cwd=cwd,
             env=clean_environ() | dict([self._mark.split("=")]),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -96,9 +96,9 @@ def _alive(pid: int) -> bool:
 
 
 @contextmanager
-def running(*command: str | Path) -> Iterator[Server]:
+def running(*command: str | Path, cwd: Path = ROOT) -> Iterator[Server]:
     """Ends with SIGINT unless the test has ended it; whatever happens, nothing is left."""
-    server = Server(*command)
+    server = Server(*command, cwd=cwd)
     try:
         yield server
         if server.process.poll() is None:

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 import ray
 import torch
+from ray import serve
 from ray.experimental.internal_kv import _internal_kv_list
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -25,6 +27,9 @@ from engine.weights.cache import WeightCache
 from engine.weights.cache_entry import Key
 from engine.weights.origin import Origin
 from engine.weights.peers import Parcel, Piece
+from serve_app.app import build_app
+from serve_app.app_args import AppArgs
+from tests.conftest import MODEL_NAME
 from tests.test_engine import greedy, prompts, request
 from tests.test_weight_cache import KEY, NO_LIMIT
 from tests.test_weight_peers import no_checkpoint
@@ -43,7 +48,7 @@ def joining(
 ) -> Iterator["ClusterNode"]:
     """A node with caches of its own."""
     caches = str(tmp_path_factory.mktemp("joining"))
-    node = ray_cluster.add_node(num_cpus=1, env_vars={"XDG_CACHE_HOME": caches})
+    node = ray_cluster.add_node(num_cpus=8, env_vars={"XDG_CACHE_HOME": caches})
     yield node
     ray_cluster.remove_node(node)
 
@@ -107,6 +112,37 @@ def test_engines_start_on_a_node_without_the_checkpoint(
     ray.kill(first)
     for actor, _ in engines:
         ray.kill(actor)
+
+
+def test_a_replica_serves_where_the_checkpoint_is_not(
+    joining: "ClusterNode", base_url: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Its tokenizer comes along; no engine runs any more where the file was made."""
+    model = tmp_path / "model"
+    model.symlink_to(tiny_checkpoint)
+    engine = {"model": str(model), "dtype": "float32", "device": "cpu", "num_threads": 1}
+    # The head has 4 CPUs.
+    args = AppArgs(engine=engine | {"session_len": 128}, model_name=MODEL_NAME, cpus_per_rank=5)
+    app = build_app(args)
+    first, started = start(head_id(), args.engine_config())
+    ray.get(started)
+    wait_for(lambda: bool(RayPeers(str(model), tmp_path)._announced()))
+    ray.kill(first)
+    model.unlink()
+    serve.run(app, name="joined", route_prefix="/joined")
+    try:
+        body = {"model": MODEL_NAME, "prompt": "The quick", "temperature": 0, "max_tokens": 8}
+        texts = {
+            httpx.post(f"{base_url}{prefix}/v1/completions", json=body, timeout=60).json()[
+                "choices"
+            ][0]["text"]
+            for prefix in ("", "/joined")
+        }
+        assert len(texts) == 1
+        nodes = {node for node, _ in RayPeers(str(model), tmp_path)._announced()}
+        assert nodes == {head_id(), joining.node_id}
+    finally:
+        serve.delete("joined")
 
 
 def announcer(model: Path, checkpoint: Path, directory: Path, node_id: str) -> RayPeers:

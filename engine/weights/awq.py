@@ -16,9 +16,10 @@ MAX_NIBBLE = 15
 # even and odd columns so that its fp16x2 kernels unpack two neighbours with one mask.
 COLUMN_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
 
-# Words unpacked at once: their temporaries stay in the L2 cache (11 ns per word in one pass over
-# a whole weight, 6 in blocks; one thread).
-BLOCK_WORDS = 1 << 16
+# Words unpacked at once. Temporaries stay in the L2 cache, and torch computes on so few in the
+# calling thread: 4 ns a word on a quiet core. Two threads that meet after every operation take 3,
+# but 40 of CPU when they have to share the cores with others, because they spin.
+BLOCK_WORDS = 32767
 
 # fp16's smallest normal number: a smaller scale would lose the precision of its group.
 MIN_SCALE = 2.0**-14

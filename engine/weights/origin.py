@@ -34,6 +34,11 @@ class Origin:
         digest = hashlib.sha256(json.dumps([resolved, settings]).encode()).hexdigest()[:16]
         return cls(resolved, weights_fingerprint(path), path, digest, here=True)
 
+    @property
+    def has_weights(self) -> bool:
+        """Not an index alone, which may have been copied with the settings."""
+        return any(not str(name).endswith(INDEX_SUFFIX) for name, *_ in self.files)
+
 
 def weights_fingerprint(path: Path) -> Fingerprint:
     """Of the files that hold weights.

@@ -23,7 +23,9 @@ GROUP_SIZES = (32, 64, 128, 256)  # those the kernel is compiled for
 # Of 8 inputs, which two lie in the low and the high nibble of each of 4 bytes.
 INPUTS_OF_BYTE_BF16 = ((0, 2), (4, 6), (1, 3), (5, 7))
 INPUTS_OF_BYTE_INT8 = ((0, 4), (1, 5), (2, 6), (3, 7))
-BLOCK_WORDS = 1 << 16  # packed at once: 1 MB of temporaries stays in the L2 cache
+# Words packed at once, so few that torch does it in the calling thread (engine/weights/awq.py).
+BLOCK_WORDS = 32767
+BLOCK_OUTPUTS = 4064
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,20 +96,33 @@ def _pack(q: Tensor, step: int, int8: bool) -> Tensor:
     A tile row holds 4 bytes of depth per output: 2 bf16 inputs or 4 of int8. Tile rows that follow
     each other share a byte.
     """
-    eights = step // 8
-    packed = torch.empty(
-        q.shape[1] // (PANELS * PANEL), q.shape[0] // step, PANELS, eights, PANEL, dtype=torch.int32
-    )
+    eights, (num_inputs, num_outputs) = step // 8, q.shape
+    pairs = num_outputs // (PANELS * PANEL)
+    packed = torch.empty(pairs, num_inputs // step, PANELS, eights, PANEL, dtype=torch.int32)
     # Nibbles are paired to bytes eight columns at a time.
-    inputs = q.contiguous().view(torch.int64).view(-1, eights, 8, q.shape[1] // 8)
-    steps = max(1, BLOCK_WORDS // (eights * q.shape[1]))
-    for block, out in zip(torch.split(inputs, steps), torch.split(packed, steps, 1), strict=True):
-        words = torch.zeros(len(block), eights, q.shape[1], dtype=torch.int32)
-        for at, (low, high) in enumerate(INPUTS_OF_BYTE_INT8 if int8 else INPUTS_OF_BYTE_BF16):
-            byte = (block[:, :, low] | block[:, :, high] << 4).view(torch.uint8)
-            words |= byte.to(torch.int32) << (8 * at)
-        out.copy_(words.view(len(block), eights, -1, PANELS, PANEL).permute(2, 0, 3, 1, 4))
+    inputs = q.contiguous().view(torch.int64).view(-1, eights, 8, num_outputs // 8)
+    outputs = min(num_outputs, BLOCK_OUTPUTS)
+    steps = max(1, BLOCK_WORDS // (eights * outputs))
+    for columns, panels in zip(
+        torch.split(inputs, outputs // 8, 3),
+        torch.split(packed, outputs // (PANELS * PANEL)),
+        strict=True,
+    ):
+        for block, out in zip(
+            torch.split(columns, steps), torch.split(panels, steps, 1), strict=True
+        ):
+            words = _words(block, INPUTS_OF_BYTE_INT8 if int8 else INPUTS_OF_BYTE_BF16)
+            out.copy_(words.view(len(block), eights, -1, PANELS, PANEL).permute(2, 0, 3, 1, 4))
     return packed.view(torch.uint8).flatten(3)
+
+
+def _words(inputs: Tensor, inputs_of_byte: tuple[tuple[int, int], ...]) -> Tensor:
+    """int64 [steps, step / 8, 8, N / 8], a nibble in each byte -> int32 [steps, step / 8, N]."""
+    words = torch.zeros(*inputs.shape[:2], inputs.shape[3] * 8, dtype=torch.int32)
+    for at, (low, high) in enumerate(inputs_of_byte):
+        byte = (inputs[:, :, low] | inputs[:, :, high] << 4).view(torch.uint8)
+        words |= byte.to(torch.int32) << (8 * at)
+    return words
 
 
 def _by_panels(values: Tensor) -> Tensor:

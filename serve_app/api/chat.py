@@ -69,6 +69,7 @@ async def _generation(
         model,
         [prompt],
         params,
+        operation="chat",
         request_id=f"chatcmpl-{uuid.uuid4().hex}",
         received=request.state.received,
         cache_salt=body.cache_salt,

@@ -86,6 +86,7 @@ async def _generation(
         model,
         token_ids,
         params,
+        operation="text_completion",
         request_id=f"cmpl-{uuid.uuid4().hex}",
         received=request.state.received,
         cache_salt=body.cache_salt,

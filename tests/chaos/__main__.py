@@ -1,6 +1,6 @@
 """`python -m tests.chaos --minutes 10 --seed 1`: a JSON summary, and exit code 1 for any loss.
 
---faults scale,redeploy   only these, in turn; otherwise all, at random
+--faults scale,redeploy   these, once each, in place of all at random for some minutes
 --proxy python            Serve's own proxy in place of HAProxy
 """
 
@@ -12,6 +12,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +57,13 @@ async def _run(args: argparse.Namespace, directory: Path, run_dir: Path) -> dict
     rng = random.Random(args.seed)
     site = Site(checkpoint, run_dir, num_nodes=args.nodes, tp=args.tp)
     await site.recovered()
-    load = Load(site.url, make_bodies("tiny", 24, max_tokens=300), args.clients)
+    load = Load(site.url, make_bodies("tiny", 12, max_tokens=300), args.clients)
     await load.ask_oracle()
     asking = asyncio.ensure_future(load.run(rng))
     happened: list[str] = []
     started = time.monotonic()
-    names = args.faults.split(",") if args.faults else sorted(FAULTS)
     failure = ""
-    while time.monotonic() < started + 60 * args.minutes:
-        name = names[len(happened) % len(names)] if args.faults else rng.choice(names)
+    for name in _names(args, rng, sorted(FAULTS)):
         what = await FAULTS[name](site, load, rng)
         since = time.monotonic()
         await asyncio.sleep(rng.uniform(0.3, 2))  # sometimes before anybody has noticed
@@ -96,6 +95,15 @@ async def _run(args: argparse.Namespace, directory: Path, run_dir: Path) -> dict
         "not recovered": failure,
         "faults": happened,
     }
+
+
+def _names(args: argparse.Namespace, rng: random.Random, known: list[str]) -> Iterator[str]:
+    if args.faults:
+        yield from args.faults.split(",")
+        return
+    deadline = time.monotonic() + 60 * args.minutes
+    while time.monotonic() < deadline:
+        yield rng.choice(known)
 
 
 if __name__ == "__main__":
