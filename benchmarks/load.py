@@ -13,6 +13,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 _USAGE = re.compile(rb'"completion_tokens":\s*(\d+)')
+_PROMPT = re.compile(rb'"prompt_tokens":\s*(\d+)')
+_CACHED = re.compile(rb'"cached_tokens":\s*(\d+)')
 _TEXT = re.compile(rb'"content":\s*"[^"]')  # the opening event has the role and empty content
 _TAIL = 512  # bytes kept of a body: the usage comes last
 
@@ -25,6 +27,8 @@ class Reply:
     arrivals: list[float] = field(default_factory=list)  # pieces with text
     status: int = 0
     num_tokens: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
 
     @property
     def first(self) -> float:
@@ -99,10 +103,16 @@ async def _read(reader: asyncio.StreamReader, reply: Reply) -> None:
             if _TEXT.search(piece):
                 reply.arrivals.append(time.perf_counter())
             tail = (tail + piece)[-_TAIL:]
-    found = _USAGE.findall(tail)
-    reply.num_tokens = int(found[-1]) if found else 0
+    reply.num_tokens = _last(_USAGE, tail)
+    reply.num_prompt_tokens = _last(_PROMPT, tail)
+    reply.num_cached_tokens = _last(_CACHED, tail)
     if reply.status != 200:
         raise RuntimeError(f"the server answered {reply.status}: {tail.decode()[-_TAIL:]}")
+
+
+def _last(number: re.Pattern[bytes], text: bytes) -> int:
+    found = number.findall(text)
+    return int(found[-1]) if found else 0
 
 
 def chat_body(model: str, max_tokens: int, stream: bool) -> dict[str, Any]:

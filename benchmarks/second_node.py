@@ -54,7 +54,7 @@ async def _start_on(node: str, config: EngineConfig) -> float:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from engine.ray_group import EngineActor
+    from engine.ray_actor import EngineActor
 
     remote: Any = ray.remote(EngineActor)
     affinity = NodeAffinitySchedulingStrategy(node, soft=False)

@@ -188,7 +188,7 @@ class _Engine:
             max_waiting_requests=1000,
             max_waiting_tokens=100_000,
             step_timeout_s=60,
-            on_output=self._take,
+            on_output=lambda consumers: self._take(),
         )
 
     def submit(self, request_id: str, max_tokens: int) -> float:

@@ -6,10 +6,10 @@ until it is handed out again, so that a later sequence with the same prefix can 
 Knows token ids and block ids only: no tensors, no sequences' other state.
 """
 
-import hashlib
-from array import array
 from collections import OrderedDict
+from collections.abc import Iterator
 
+from engine.prefix import block_hash, root_hash
 from engine.sequence import Sequence
 
 
@@ -94,6 +94,12 @@ class BlockManager:
         seq.block_table.clear()
         seq.num_cached_blocks = 0
 
+    def free_hashes(self) -> Iterator[bytes]:
+        """Hashes of the cached blocks that no table holds, the last to be forgotten first."""
+        for block_id in reversed(self._free):
+            if (content := self._hashes[block_id]) is not None:
+                yield content
+
     def check_integrity(self, tables: list[list[int]]) -> None:
         """Assert the invariants of the module docstring against the tables in use."""
         counts = [0] * self.num_blocks
@@ -111,21 +117,9 @@ class BlockManager:
             self._hashes[block_id] = None
 
     def _block_hash(self, seq: Sequence, index: int) -> bytes:
-        """128 bits over the previous block's hash and this block's tokens: no collisions to check.
-
-        What precedes block 0 is the tenant's salt, so that salted caches never meet.
-        """
         while index >= len(seq.block_hashes):
-            parent = seq.block_hashes[-1] if seq.block_hashes else _root(seq.request.cache_salt)
-            start = len(seq.block_hashes) * self.block_size
-            tokens = array("i", seq.token_ids[start : start + self.block_size])
-            seq.block_hashes.append(_digest(parent + tokens.tobytes()))
+            hashes = seq.block_hashes
+            parent = hashes[-1] if hashes else root_hash(seq.request.cache_salt)
+            start = len(hashes) * self.block_size
+            hashes.append(block_hash(parent, seq.token_ids[start : start + self.block_size]))
         return seq.block_hashes[index]
-
-
-def _root(salt: str | None) -> bytes:
-    return b"" if salt is None else _digest(salt.encode())
-
-
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()

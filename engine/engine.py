@@ -71,6 +71,10 @@ class Engine:
         result = self.executor.collect()
         return self.scheduler.update(self._in_flight.popleft(), result)
 
+    def cached_prefixes(self, limit: int) -> list[int]:
+        """What engine.prefix.prefix_hashes gives of prompts whose keys and values are cached."""
+        return self.scheduler.cached_prefixes(limit)
+
     def stats(self) -> EngineStats:
         return self.scheduler.stats()
 

@@ -1,39 +1,28 @@
-"""The engine as Ray actors: one EngineActor per rank, and EngineGroup, its owner's handle.
+"""EngineGroup: the engine as Ray actors, one EngineActor per rank, and their owner's handle.
 
 Rank 0 holds the RequestBatcher; ranks 1 and up follow it over the process group, so that a step
 costs no Ray call. The ranks may be on several nodes (engine/ray_placement.py). The owner (a Serve
 replica) exchanges requests and outputs with rank 0 only, and keeps one parked call on every rank,
-which fails the moment that rank dies.
+which fails the moment that rank dies. Other replicas may use the engine as well (ray_remote.py):
+each is a consumer of its own outputs.
 """
 
 import asyncio
-import logging
-import os
-import socket
-import threading
 from collections import Counter
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
-from engine.batcher import RequestBatcher
 from engine.config import EngineConfig
-from engine.engine import Engine
 from engine.errors import ConfigError, EngineDeadError, MantaError
 from engine.executor import EngineInfo
+from engine.outboxes import OWNER
 from engine.outputs import EngineStats, SequenceOutput
+from engine.ray_actor import EngineActor, RankInfo
 from engine.ray_placement import rank_options
-from engine.ray_weights import RayPeers
 from engine.sequence import EngineRequest
-
-if TYPE_CHECKING:
-    from engine.parallel import ParallelGroup
-    from engine.worker import Worker
-
-logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 600  # for a rank's process: the node of its bundle may have to be replaced
 JOIN_TIMEOUT_S = 90  # more than torch's own, which knows less
@@ -42,118 +31,19 @@ CHECK_TIMEOUT_S = 30  # takes about 1 ms, but Python code may keep a process bus
 Actor: TypeAlias = "ActorHandle[EngineActor]"
 
 
-@dataclass(frozen=True, slots=True)
-class RankInfo:
-    """What a rank knows once its process runs."""
-
-    node: str
-    device: str
-    address: str  # host:port where rank 0 listens; empty for the others
-
-
-class EngineActor:
-    """One rank. Async, so that submit, abort and a waiting poll interleave; threads compute."""
-
-    def __init__(self, config: EngineConfig, rank: int) -> None:
-        self._config = config
-        self._rank = rank
-        self._group: ParallelGroup | None = None  # None: this rank is the only one
-        self._listener: socket.socket | None = None
-        self._batcher: RequestBatcher | None = None
-        self._has_output = asyncio.Event()
-
-    async def prepare(self) -> RankInfo:
-        """Import what takes long, and find this rank's device and, for rank 0, its address."""
-        return await asyncio.get_running_loop().run_in_executor(None, self._prepare)
-
-    async def join(self, address: str, num_neighbours: int) -> None:
-        """Meet the other ranks; `num_neighbours` of them, this one included, share its node."""
-        await asyncio.get_running_loop().run_in_executor(None, self._join, address, num_neighbours)
-
-    async def start(self) -> EngineInfo | None:
-        """Load the weights, start the loop. Rank 0 returns the info."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(None, self._start, loop)
-
-    async def submit(self, requests: list[EngineRequest], admitted: bool = False) -> None:
-        self._running().submit(requests, admitted=admitted)
-
-    async def abort(self, request_ids: list[str]) -> None:
-        self._running().abort(request_ids)
-
-    async def poll(self) -> tuple[list[SequenceOutput], EngineStats]:
-        """Wait until something was produced, then return all of it."""
-        await self._has_output.wait()
-        self._has_output.clear()
-        return self._running().take()
-
-    async def check(self) -> None:
-        self._running().check()
-
-    async def park(self) -> None:
-        """Never returns: a caller waiting on it learns of this process's death at once."""
-        await asyncio.Event().wait()
-
-    def _running(self) -> RequestBatcher:
-        assert self._batcher is not None, "start() comes first, on rank 0"
-        return self._batcher
-
-    def _prepare(self) -> RankInfo:
-        # Not at the top: the owner imports this module too, and torch costs it 1.5 s.
-        from engine.parallel import listen
-        from engine.worker import resolve_device
-
-        context = ray.get_runtime_context()
-        address = ""
-        if self._rank == 0:
-            # Kept open until the ranks meet: nobody else can take the port.
-            self._listener = listen(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-            host, port = self._listener.getsockname()[:2]
-            address = f"{host}:{port}"
-        return RankInfo(context.get_node_id(), resolve_device(self._config.device), address)
-
-    def _join(self, address: str, num_neighbours: int) -> None:
-        from engine.parallel import ParallelGroup
-        from engine.worker import resolve_device
-
-        config = self._config
-        self._config = replace(config, num_threads=config.threads_per_rank(num_neighbours))
-        device = resolve_device(config.device)
-        self._group = ParallelGroup.join(
-            self._rank, config.tp, address, device, pp=config.pp, listener=self._listener
-        )
-
-    def _start(self, loop: asyncio.AbstractEventLoop) -> EngineInfo | None:
-        from engine.local_executor import LocalExecutor
-        from engine.parallel import ParallelGroup
-        from engine.pipeline import PipelineExecutor
-        from engine.worker import Worker
-
-        config, group = self._config, self._group or ParallelGroup()
-        peers = RayPeers.of(config)
-        if self._rank > 0:
-            worker = Worker(config, group, peers)
-            threading.Thread(target=_follow, args=(config, worker, group), daemon=True).start()
-            return None
-        make = LocalExecutor if config.pp == 1 else PipelineExecutor
-        engine = Engine(config, make(config, group, peers))
-        self._batcher = RequestBatcher(
-            engine,
-            max_waiting_requests=config.max_waiting_requests,
-            max_waiting_tokens=config.max_waiting_tokens,
-            step_timeout_s=config.step_timeout_s,
-            on_output=lambda: _notify(loop, self._has_output),
-        )
-        return engine.info
-
-
 class EngineGroup:
     """The owner's side of one engine group."""
+
+    consumer = OWNER
 
     def __init__(self, actors: list[Actor], info: EngineInfo) -> None:
         self.info = info
         self._actors = actors
         self._death = asyncio.ensure_future(_first_death(actors))
+
+    @property
+    def rank_0(self) -> Actor:
+        return self._actors[0]
 
     @classmethod
     async def start(cls, config: EngineConfig) -> "EngineGroup":
@@ -194,18 +84,18 @@ class EngineGroup:
 
         No bound of the queue refuses `admitted` ones, which a dead engine had taken in.
         """
-        await _reply(self._actors[0].submit.remote(requests, admitted))
+        await _reply(self._actors[0].submit.remote(requests, admitted, self.consumer))
 
     async def abort(self, request_ids: list[str]) -> None:
         """End these requests; ids that are unknown or done are ignored."""
-        await _reply(self._actors[0].abort.remote(request_ids))
+        await _reply(self._actors[0].abort.remote(request_ids, self.consumer))
 
     async def poll(self) -> tuple[list[SequenceOutput], EngineStats]:
         """Everything produced since the last call; waits until there is something.
 
         EngineDeadError when the loop failed or any rank died, also while waiting.
         """
-        poll = asyncio.ensure_future(_reply(self._actors[0].poll.remote()))
+        poll = asyncio.ensure_future(_reply(self._actors[0].poll.remote(self.consumer)))
         try:
             await asyncio.wait({poll, self._death}, return_when=asyncio.FIRST_COMPLETED)
             if poll.done():
@@ -213,6 +103,11 @@ class EngineGroup:
             raise self._death.result()
         finally:
             poll.cancel()
+
+    async def prefixes(self) -> list[int]:
+        """Short hashes of the prefixes in the cache, those used last first."""
+        prefixes: list[int] = await _reply(self._actors[0].prefixes.remote())
+        return prefixes
 
     async def check(self) -> None:
         """EngineDeadError when an actor died, the loop failed, a step or rank 0 itself hangs."""
@@ -291,23 +186,3 @@ async def _first_death(actors: list[Actor]) -> EngineDeadError:
 def _kill(actors: list[Actor]) -> None:
     for actor in actors:
         ray.kill(actor)
-
-
-def _follow(config: EngineConfig, worker: "Worker", group: "ParallelGroup") -> None:
-    """Compute what rank 0 sends; a fault ends the process, which the owner's parked call sees."""
-    from engine.local_executor import follow
-    from engine.pipeline import follow_stage
-
-    try:
-        if config.pp == 1:
-            follow(worker, group)
-        else:
-            follow_stage(config, worker, group)
-    except Exception:
-        logger.exception("rank %d failed", group.global_rank)
-        os._exit(1)
-
-
-def _notify(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
-    """Set an event of another thread's loop; once per step, so the cost is one wake-up."""
-    loop.call_soon_threadsafe(event.set)

@@ -16,6 +16,7 @@ import secrets
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from engine.batch import Int32Array
 from engine.block_manager import BlockManager
 from engine.errors import InvalidRequestError, LogitsError, MantaError
 from engine.outputs import EngineStats, SequenceOutput, StepResult, TokenLogprobs
+from engine.prefix import short
 from engine.sequence import EngineRequest, Sequence, Status
 
 
@@ -182,6 +184,20 @@ class Scheduler:
             kv_cache_usage=1.0 - blocks.num_free_blocks / blocks.num_blocks,
             **self._counters,
         )
+
+    def cached_prefixes(self, limit: int) -> list[int]:
+        """Short hashes of up to `limit` cached prefixes, those used last first."""
+        in_use = (
+            content
+            for seq in reversed(self.running)
+            for content in seq.block_hashes[: seq.num_cached_blocks]
+        )
+        found: dict[bytes, None] = {}
+        for content in chain(in_use, self.block_manager.free_hashes()):
+            found[content] = None
+            if len(found) == limit:
+                break
+        return list(map(short, found))
 
     def check_integrity(self) -> None:
         """Assert that blocks and rows are free or owned, never both, and counters agree."""

@@ -3,8 +3,9 @@
 One task polls the group for the outputs of all sequences and drops each into the mailbox of its
 request; submissions and aborts made in one tick of the loop leave as one call. When the group
 dies another takes its place, and every open sequence goes on from the tokens it has: draws depend
-on (seed, output position) alone. Single-threaded: everything runs on the loop that created it.
-Knows no text and no HTTP.
+on (seed, output position) alone. The group may be another replica's, as whose guest this one then
+ends when the engine is gone and nothing is open. Single-threaded: everything runs on the loop that
+created it. Knows no text and no HTTP.
 """
 
 import asyncio
@@ -19,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 from engine.batcher import queue_full
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, MantaError
+from engine.outboxes import OWNER
 from engine.outputs import EngineStats, SequenceOutput
 from engine.sequence import EngineRequest
+from serve_app.engine_death import as_death, report_death, with_cause
 from serve_app.metrics import Metrics
 from serve_app.open_request import OpenRequest, OpenSequence
 
@@ -29,12 +32,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.serve")
 
+CONNECTED_POLL_S = 0.02
 WATCH_S = 1.0  # between questions whether the engine makes progress
-# A sequence that so many engines died computing, without a token in between, is the next one's
-# only one until it gains a token. If that brings it to BLAME_DEATHS, it ends.
-SUSPECT_DEATHS = 2
-BLAME_DEATHS = 4
+BLAME_DEATHS = 4  # of engines that computed a suspect, the last one nothing else
 MAX_FRUITLESS_DEATHS = 8  # in a row, without a token of any sequence
+GUEST_TRIAL_S = 2.0  # within it guests of one engine try their suspects, each at its own time
 REBUILD_TIMEOUT_S = 600  # a bundle whose node is gone may never come back
 
 
@@ -56,6 +58,7 @@ class AsyncEngine:
         metrics: Metrics,
     ) -> None:
         self.info = group.info
+        self._is_guest = group.consumer != OWNER
         self._start_group = start_group
         self._config = config
         self._metrics = metrics
@@ -110,6 +113,18 @@ class AsyncEngine:
         return self._seeds.getrandbits(63)
 
     @property
+    def group(self) -> "EngineGroup | None":
+        """None while another one is started, and when there will be none."""
+        return self._group
+
+    async def connected(self) -> "EngineGroup":
+        """The group, as soon as there is one. EngineDeadError when there will be none."""
+        while self._group is None:
+            await self.check()
+            await asyncio.sleep(CONNECTED_POLL_S)
+        return self._group
+
+    @property
     def num_open(self) -> int:
         """Sequences submitted and neither finished nor aborted."""
         return len(self._sequences)
@@ -130,10 +145,15 @@ class AsyncEngine:
     async def _run(self) -> None:
         while True:
             death = await self._death
-            logger.warning("the engine died: %s", _with_cause(death))
+            logger.warning("the engine died: %s", with_cause(death))
             self._disconnect()
             self._blame()
+            if self._is_guest and not self._sequences:
+                self._failure = death
+                return
             self._connect(await self._replacement(death))
+            if self._is_guest and any(s.is_suspect for s in self._sequences.values()):
+                await asyncio.sleep(random.uniform(0, GUEST_TRIAL_S))
             self._submit_waiting()
 
     def _connect(self, group: "EngineGroup") -> None:
@@ -160,12 +180,13 @@ class AsyncEngine:
                     f"{self._num_fruitless} engines died one after the other without a token, "
                     f"the last one: {death}"
                 ) from death.__cause__
-            self._metrics.record_recovery()
+            if not self._is_guest:
+                self._metrics.record_recovery()
             try:
                 async with asyncio.timeout(REBUILD_TIMEOUT_S):
                     return await self._start_group()
             except EngineDeadError as error:
-                logger.warning("its successor died at its start: %s", _with_cause(error))
+                logger.warning("its successor died at its start: %s", with_cause(error))
                 death = error
             except (MantaError, TimeoutError) as error:
                 raise EngineDeadError(f"{death}; another cannot be started: {error!r}") from error
@@ -186,7 +207,7 @@ class AsyncEngine:
     def _submit_waiting(self) -> None:
         """Submit what the engine does not have, the oldest first; while there are suspects, one."""
         waiting = [sequence for sequence in self._sequences.values() if not sequence.in_engine]
-        suspects = [sequence for sequence in waiting if sequence.num_deaths >= SUSPECT_DEATHS]
+        suspects = [sequence for sequence in waiting if sequence.is_suspect]
         self._on_trial = max(suspects, key=lambda suspect: suspect.num_deaths, default=None)
         self._submits = []
         self._submit([self._on_trial] if self._on_trial else waiting, admitted=True)
@@ -216,7 +237,8 @@ class AsyncEngine:
             for output in outputs:
                 self._dispatch(output)
             self.stats = stats
-            self._metrics.record_stats(stats)
+            if not self._is_guest:  # whose owner records them
+                self._metrics.record_stats(stats)
 
     def _dispatch(self, output: SequenceOutput) -> None:
         sequence = self._sequences.get(output.request_id)
@@ -267,16 +289,17 @@ class AsyncEngine:
         task = self._loop.create_task(call)
         self._calls.add(task)  # the loop itself keeps only a weak reference
         task.add_done_callback(self._calls.discard)
-        task.add_done_callback(partial(_report_death, self._death))
+        task.add_done_callback(partial(report_death, self._death))
 
     def _on_run_end(self, task: "asyncio.Task[None]") -> None:
         """No group could take the place of a dead one."""
         if task.cancelled():
             return
         error = task.exception()
-        assert error is not None, "_run goes on until it fails"
-        death = _as_death(error)
-        logger.error("the engine is gone: %s", _with_cause(death))
+        if error is None:
+            return  # a guest that was not needed any more
+        death = as_death(error)
+        logger.error("the engine is gone: %s", with_cause(death))
         self._fail(death)
 
     def _fail(self, error: EngineDeadError) -> None:
@@ -286,20 +309,3 @@ class AsyncEngine:
         for mailbox in mailboxes.values():
             mailbox.unfinished.clear()
             mailbox.fail(self._failure)
-
-
-def _report_death(death: "asyncio.Future[EngineDeadError]", task: "asyncio.Task[None]") -> None:
-    if not task.cancelled() and (error := task.exception()) is not None and not death.done():
-        death.set_result(_as_death(error))
-
-
-def _as_death(error: BaseException) -> EngineDeadError:
-    if isinstance(error, EngineDeadError):
-        return error
-    logger.warning("not an error of the engine", exc_info=error)
-    return EngineDeadError(f"{type(error).__name__}: {error}")
-
-
-def _with_cause(error: BaseException) -> str:
-    """An error and, where there is one, Ray's report of it."""
-    return f"{error}: {error.__cause__}" if error.__cause__ else str(error)

@@ -60,7 +60,11 @@ def obstacle(plan: LaunchPlan) -> str | None:
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     resources = [node["Resources"] for node in nodes if node["Alive"]]
     num_gpus = sum(each.get("GPU", 0) for each in resources)
-    return Placement.of(with_device(plan.engine, num_gpus), plan.app_args).obstacle(resources)
+    for model in plan.models:
+        placement = Placement.of(with_device(model.engine, num_gpus), model.args)
+        if (reason := placement.obstacle(resources)) is not None:
+            return reason
+    return None
 
 
 def _options(verbose: bool) -> dict[str, Any]:
@@ -71,10 +75,11 @@ def _options(verbose: bool) -> dict[str, Any]:
 def _check_gpus(plan: LaunchPlan) -> None:
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     num_gpus = int(resources.get("GPU", 0))
-    if plan.engine.device == "cuda" and num_gpus < plan.num_ranks:
+    wanted = sum(model.num_ranks for model in plan.models if model.engine.device == "cuda")
+    if num_gpus < wanted:
         raise ConfigError(
             f"{plan.num_replicas} replicas of tp {plan.engine.tp} and pp {plan.engine.pp} need "
-            f"{plan.num_ranks} GPUs and this machine has {num_gpus}; lower --tp, --pp or "
+            f"{wanted} GPUs and this machine has {num_gpus}; lower --tp, --pp or "
             "the number of replicas, use --device cpu, or set RAY_ADDRESS to a cluster that has "
             "them"
         )

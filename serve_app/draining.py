@@ -6,26 +6,26 @@ so we look at Serve's object for this replica, and end what is left with an erro
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from ray._private.worker import global_worker
-
-from serve_app.async_engine import AsyncEngine
 
 POLL_S = 0.5
 LAST_WORDS_S = 2.0  # for errors to reach their clients, also when they read slowly
 
 
-async def end_before_kill(engine: AsyncEngine) -> None:
-    """Returns once Serve has stopped this replica and its time is almost over."""
+async def end_before_kill(leave: Callable[[], None], stop: Callable[[], None]) -> None:
+    """Calls `leave` once Serve has stopped this replica, `stop` when its time is almost over."""
     replica = _serves_replica()
     if replica is None:
         return
     while not replica._shutting_down:
         await asyncio.sleep(POLL_S)
+    leave()
     patience_s: float = replica._deployment_config.graceful_shutdown_timeout_s
     await asyncio.sleep(max(0.0, patience_s - POLL_S - LAST_WORDS_S))
-    engine.stop()
+    stop()
 
 
 def _serves_replica() -> Any:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.serve")
 
+SESSION_HEADER = "x-session-id"  # Serve's own name for it: requests of a session stay together
 FinishReason = Literal["stop", "length"]
 
 
@@ -78,6 +79,7 @@ class Generation:
         received: float,
         cache_salt: str | None = None,
         user: str | None = None,
+        session_id: str | None = None,
         events: "EventIds | None" = None,
     ) -> None:
         if events is not None:
@@ -91,6 +93,7 @@ class Generation:
         self._user = user
         self._operation: Operation = operation
         self._params = params
+        self._session_id = session_id
         self._model = model
         self._requests = [
             request
@@ -108,11 +111,10 @@ class Generation:
 
     def __enter__(self) -> "Generation":
         self.times.submitted = time.perf_counter()
-        self._model.metrics.framework.observe(self.times.framework)
         self._model.metrics.record_seconds("framework", self.times.framework)
         if self._model.tracer is not None:
             self._trace_context = self._model.tracer.context()
-        self._open = self._model.engine.open(self._requests)
+        self._open = self._model.engine.open(self._requests, self._session_id)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:

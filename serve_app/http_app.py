@@ -4,7 +4,7 @@ Bodies are parsed by api/body.py and not by FastAPI (limits, error messages, thr
 schemas are added to the OpenAPI document here. /docs loads nothing from other hosts.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -20,10 +20,10 @@ from starlette.responses import Response
 from engine.errors import MantaError
 from serve_app.api import chat, completions, system, tokenize
 from serve_app.errors import ApiError, from_engine
+from serve_app.models import Models
 from serve_app.protocol.chat import ChatCompletionRequest
 from serve_app.protocol.completions import CompletionRequest
 from serve_app.protocol.tokenize import DetokenizeRequest, TokenizeRequest
-from serve_app.served_model import ServedModel
 
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatCompletionRequest,
@@ -33,16 +33,16 @@ BODIES: dict[str, type[BaseModel]] = {
 }
 
 
-def create_http_app(model: ServedModel) -> FastAPI:
-    """The app owns `model` from here on: its shutdown stops the engine."""
+def create_http_app(models: Models, stop: Callable[[], None]) -> FastAPI:
+    """Its shutdown calls `stop`."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        model.engine.stop()
+        stop()
 
     app: FastAPI = FastAPIOffline(title="Manta", redoc_url=None, lifespan=lifespan)
-    app.state.model = model
+    app.state.models = models
     for routes in (chat, completions, tokenize, system):
         app.include_router(routes.router)
     app.add_exception_handler(ApiError, _on_api_error)

@@ -12,9 +12,23 @@ from pydantic import ValidationError
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from serve_app import replica_count
-from serve_app.app_args import AppArgs
+from serve_app.app_args import AppArgs, ModelArgs, deployment_names
 from serve_app.ports import free_ports
-from serve_app.serve_config import nearest, read_serve_config
+from serve_app.serve_config import DEPLOYMENT, check_deployments, nearest, read_serve_config
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedModel:
+    """One of the models behind the address."""
+
+    name: str
+    engine: EngineConfig
+    args: ModelArgs
+    num_replicas: int  # at most at once
+
+    @property
+    def num_ranks(self) -> int:
+        return self.num_replicas * self.engine.num_ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,23 +36,32 @@ class LaunchPlan:
     """What to deploy, and where it will be reached."""
 
     serve_config: dict[str, Any]  # a ServeDeploySchema
-    engine: EngineConfig
-    model_name: str
-    num_replicas: int  # at most at once
+    models: list[PlannedModel]
     host: str
     port: int
+
+    @property
+    def engine(self) -> EngineConfig:
+        """Of the first model."""
+        return self.models[0].engine
+
+    @property
+    def model_name(self) -> str:
+        return ",".join(model.name for model in self.models)
+
+    @property
+    def num_replicas(self) -> int:
+        """Of all models."""
+        return sum(model.num_replicas for model in self.models)
 
     @property
     def app_name(self) -> str:
         return str(self.serve_config["applications"][0]["name"])
 
     @property
-    def app_args(self) -> AppArgs:
-        return AppArgs.model_validate(self.serve_config["applications"][0]["args"])
-
-    @property
     def num_ranks(self) -> int:
-        return self.num_replicas * self.engine.num_ranks
+        """Of all models."""
+        return sum(model.num_ranks for model in self.models)
 
 
 def make_plan(
@@ -62,37 +85,51 @@ def make_plan(
     """
     path, config = read_serve_config()
     (app,) = config["applications"]
-    if engine_config is not None:
-        app["args"] |= {"engine": str(engine_config), "model_name": None}
-    elif model is not None:
-        app["args"] |= {"engine": {"model": model}, "model_name": None}
+    if engine_config is not None or model is not None:
+        kept = {key: value for key, value in app["args"].items() if key != "models"}
+        if kept != app["args"]:  # this one model takes the place of several
+            app["deployments"] = [{"name": DEPLOYMENT}]
+        new = {"model": model} if engine_config is None else str(engine_config)
+        app["args"] = kept | {"engine": new, "model_name": None}
     if model_name is not None:
         app["args"]["model_name"] = model_name
     overrides = {key: value for key, value in engine.items() if value is not None}
     if model is not None:
         overrides["model"] = model
     args = _app_args(app["args"], path)
-    settings = args.engine_config(**overrides)
-    app["args"] |= {"engine": settings.to_dict(), "model_name": args.served_name(settings)}
+    if args.models and overrides:
+        raise ConfigError(
+            f"{path} has several models: give {min(overrides)} there, to the one it is meant for"
+        )
+    engines = [each.engine_config(**overrides) for each in args.each]
+    names = [each.served_name(settings) for each, settings in zip(args.each, engines, strict=True)]
+    resolved = [
+        {"engine": settings.to_dict(), "model_name": name}
+        for settings, name in zip(engines, names, strict=True)
+    ]
+    if args.models:
+        for entry, values in zip(app["args"]["models"], resolved, strict=True):
+            entry.update(values)
+    else:
+        app["args"] |= resolved[0]
     http = config["http_options"]
     http["host"] = host or http["host"]
     http["port"] = (http["port"] if port is None else port) or free_ports(1)[0]
-    deployment = app["deployments"][0]
+    deployments = _deployments(app, names, path)
     replica_count.set_replicas(
-        deployment, path, fixed=num_replicas, least=min_replicas, most=max_replicas
+        deployments[0], path, fixed=num_replicas, least=min_replicas, most=max_replicas
     )
     if log_level is not None:
         config["logging_config"].update(
             log_level=log_level.upper(), enable_access_log=log_level in ("debug", "info")
         )
-    return LaunchPlan(
-        serve_config=config,
-        engine=settings,
-        model_name=app["args"]["model_name"],
-        num_replicas=replica_count.max_replicas(deployment),
-        host=http["host"],
-        port=http["port"],
-    )
+    models = [
+        PlannedModel(name, settings, each, replica_count.max_replicas(deployment))
+        for name, settings, each, deployment in zip(
+            names, engines, args.each, deployments, strict=True
+        )
+    ]
+    return LaunchPlan(config, models, http["host"], http["port"])
 
 
 def default_model() -> str:
@@ -100,15 +137,29 @@ def default_model() -> str:
     return make_plan().engine.model
 
 
+def _deployments(app: dict[str, Any], model_names: list[str], path: Path) -> list[dict[str, Any]]:
+    """The entry of each model; those that the file leaves out are put there."""
+    names = deployment_names(model_names)
+    check_deployments(app, names, path)
+    for name in names:
+        if not any(each["name"] == name for each in app["deployments"]):
+            app["deployments"].append({"name": name})
+    return [each for name in names for each in app["deployments"] if each["name"] == name]
+
+
 def _app_args(args: dict[str, Any], path: Path) -> AppArgs:
     try:
         return AppArgs.model_validate(args)
     except ValidationError as error:
         wrong = error.errors()[0]
-        key = wrong["loc"][0]
+        place = ".".join(["args", *map(str, wrong["loc"])])
         message = f": {wrong['msg']}, got {wrong['input']!r}"
+        if not wrong["loc"]:  # AppArgs' own words, which begin with the key
+            message = "." + wrong["msg"].removeprefix("Value error, ")
         if wrong["type"] == "extra_forbidden":
-            message = f" is no key of it; {nearest(key, AppArgs.model_fields)}"
-        if key == "engine":  # not each member of the union
-            message = f" must be the path of an engine config or a mapping, got {args.get(key)!r}"
-        raise ConfigError(f"{path}: args.{key}{message}") from error
+            known = AppArgs if len(wrong["loc"]) == 1 else ModelArgs
+            message = f" is no key of it; {nearest(wrong['loc'][-1], known.model_fields)}"
+        if "engine" in wrong["loc"]:  # not each member of the union
+            place = place[: place.index("engine") + len("engine")]
+            message = f" must be the path of an engine config or a mapping, got {wrong['input']!r}"
+        raise ConfigError(f"{path}: {place}{message}") from error

@@ -13,6 +13,10 @@ from engine.errors import EngineDeadError, EngineKilledError
 from engine.outputs import SequenceOutput
 from engine.sequence import EngineRequest
 
+# A sequence that so many engines died computing, without a token in between, is the next one's
+# only one until it gains a token.
+SUSPECT_DEATHS = 2
+
 
 class OpenRequest:
     """The mailbox of one HTTP request. `request_ids[i]` is its sequence i.
@@ -85,6 +89,10 @@ class OpenSequence:
         if params.prompt_logprobs is not None:  # reported with the first token
             params = replace(params, prompt_logprobs=None)
         return replace(self.request, params=params, output_token_ids=list(self.token_ids))
+
+    @property
+    def is_suspect(self) -> bool:
+        return self.num_deaths >= SUSPECT_DEATHS
 
     def blamed(self) -> SequenceOutput:
         """Its end when it keeps killing engines."""

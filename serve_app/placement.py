@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from engine.config import EngineConfig
-from serve_app.app_args import AppArgs
+from serve_app.app_args import ModelArgs
 
 # On a CPU, shares of one core's ticket: tp=2 must fit a machine with two cores.
 CPU_REPLICA, CPU_RANK = 0.1, 0.4
@@ -28,7 +28,7 @@ class Placement:
     one_node: bool
 
     @classmethod
-    def of(cls, config: EngineConfig, args: AppArgs) -> "Placement":
+    def of(cls, config: EngineConfig, args: ModelArgs) -> "Placement":
         """`config.device` must be known: cpu or cuda."""
         on_gpu = config.device == "cuda"
         rank = {"CPU": args.cpus_per_rank or (GPU_RANK if on_gpu else CPU_RANK)}

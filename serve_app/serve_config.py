@@ -5,7 +5,7 @@ What Ray alone knows (the type of each of its keys) is checked in serve_schema, 
 
 import difflib
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from engine.errors import ConfigError
 PACKAGE = Path(__file__).resolve().parent
 FILE = "serve_config.yaml"
 IMPORT_PATH = "serve_app.app:build_app"
-DEPLOYMENT = "LLMReplica"  # the deployment build_app makes; num_replicas belongs to it
+DEPLOYMENT = "LLMReplica"  # of the first model, which answers HTTP
 POLICY = "serve_app.autoscaling:QueueDepthPolicy"
 SECTIONS = {"http_options": dict, "logging_config": dict, "args": dict, "deployments": list}
 
@@ -78,14 +78,18 @@ def _checked(config: dict[str, Any], path: Path) -> dict[str, Any]:
     _fill(config, ("http_options", "logging_config"), path)
     _fill(app, ("args", "deployments"), path)
     app["deployments"] = app["deployments"] or [{"name": DEPLOYMENT}]
-    for each in app["deployments"]:
-        name = each.get("name") if isinstance(each, dict) else each
-        if name != DEPLOYMENT:
-            raise ConfigError(
-                f"{path}: the application has no deployment {name!r}; {nearest(name, [DEPLOYMENT])}"
-            )
     _check_listen(config["http_options"], path)
     return config
+
+
+def check_deployments(app: dict[str, Any], known: Collection[str], path: Path) -> None:
+    """ConfigError for an entry of `deployments` that the application does not have."""
+    for each in app["deployments"]:
+        name = each.get("name") if isinstance(each, dict) else each
+        if not isinstance(name, str) or name not in known:
+            raise ConfigError(
+                f"{path}: the application has no deployment {name!r}; {nearest(name, known)}"
+            )
 
 
 def _fill(mapping: dict[str, Any], sections: Iterable[str], path: Path) -> None:

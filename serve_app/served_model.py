@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from engine.config import EngineConfig
-from serve_app.async_engine import AsyncEngine
-from serve_app.errors import ApiError, invalid, shown
+from serve_app.engines import Engines
+from serve_app.errors import invalid
 from serve_app.metrics import Metrics
+from serve_app.model_spec import Limits, ModelSpec
 from serve_app.protocol.messages import Message, to_template
 from serve_app.tracing import RequestTracer
 
@@ -28,41 +29,39 @@ MIN_BODY_BYTES = 1024 * 1024  # several prompts; whatever is in it, reading it t
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    max_body_bytes: int | None  # None: what the context can need
-    max_sequences: int  # prompts × n of one request
+def max_body_bytes(limits: Limits, session_len: int) -> int:
+    needed = max(MIN_BODY_BYTES, BODY_BYTES_PER_TOKEN * session_len)
+    return limits.max_body_bytes or needed
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    name: str
+    spec: ModelSpec
     created: int  # seconds since the epoch
     tokenizer: "Tokenizer"
-    engine: AsyncEngine
+    engine: Engines
     metrics: Metrics
-    limits: Limits
-    config: EngineConfig
     tracer: RequestTracer | None = None
 
     @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def config(self) -> EngineConfig:
+        return self.spec.config
+
+    @property
+    def limits(self) -> Limits:
+        return self.spec.limits
+
+    @property
     def max_body_bytes(self) -> int:
-        needed = max(MIN_BODY_BYTES, BODY_BYTES_PER_TOKEN * self.info.session_len)
-        return self.limits.max_body_bytes or needed
+        return max_body_bytes(self.limits, self.info.session_len)
 
     @property
     def info(self) -> "EngineInfo":
         return self.engine.info
-
-    def check_name(self, name: str) -> None:
-        """404 for any other model than this one."""
-        if name != self.name:
-            raise ApiError(
-                404,
-                f"the model {shown(name)} does not exist; this server has {self.name!r}",
-                param="model",
-                code="model_not_found",
-            )
 
     async def run(self, work: Callable[[], T], size: int) -> T:
         """Do text work at once when `size` is small, in a thread when it would hold up the loop.

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import httpx
 from fastapi import FastAPI
@@ -16,14 +16,18 @@ from fastapi import FastAPI
 from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineDeadError
 from engine.executor import EngineInfo
+from engine.outboxes import OWNER
 from engine.outputs import EngineStats, SequenceOutput
 from engine.ray_group import EngineGroup
 from engine.sequence import EngineRequest
 from engine.tokenizer import Tokenizer
 from serve_app.async_engine import AsyncEngine
+from serve_app.engines import Engines
 from serve_app.http_app import create_http_app
 from serve_app.metrics import Metrics
-from serve_app.served_model import Limits, ServedModel
+from serve_app.model_spec import Limits, ModelSpec
+from serve_app.models import Models
+from serve_app.served_model import ServedModel
 
 INFO = EngineInfo(
     vocab_size=300,
@@ -40,6 +44,8 @@ CONFIG = EngineConfig(model="tiny", max_waiting_requests=6, max_waiting_tokens=1
 
 class StubGroup:
     """Records calls; `put` is what the next poll returns."""
+
+    consumer = OWNER
 
     def __init__(self) -> None:
         self.info = INFO
@@ -99,18 +105,31 @@ class StubGroup:
         return list(self.requests)
 
 
+def engines_of(own: AsyncEngine, metrics: Metrics) -> Engines:
+    """Of a replica that is alone."""
+
+    def nobody(*args: Any) -> NoReturn:
+        raise AssertionError("there is no other replica")
+
+    return Engines(
+        replica_id="alone", config=CONFIG, metrics=metrics, join=nobody, refer=nobody, own=own
+    )
+
+
 def make_model(group: StubGroup, checkpoint: Path) -> ServedModel:
     metrics = Metrics("tiny", INFO.session_len)
     engine = AsyncEngine(cast(EngineGroup, group), group.start_next, CONFIG, metrics)
+    spec = ModelSpec("tiny", CONFIG, LIMITS)
     tokenizer = Tokenizer.load(checkpoint)
-    return ServedModel("tiny", 0, tokenizer, engine, metrics, LIMITS, CONFIG)
+    return ServedModel(spec, 0, tokenizer, engines_of(engine, metrics), metrics)
 
 
 @asynccontextmanager
 async def served(checkpoint: Path) -> AsyncIterator[tuple[StubGroup, FastAPI]]:
     """The application over a stub; its lifespan runs as in a replica."""
     group = StubGroup()
-    app = create_http_app(make_model(group, checkpoint))
+    models = Models(make_model(group, checkpoint))
+    app = create_http_app(models, models.stop)
     async with app.router.lifespan_context(app):
         yield group, app
 

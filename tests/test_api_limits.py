@@ -15,12 +15,13 @@ from engine.tokenizer import Tokenizer
 from serve_app.api.body import INLINE_BYTES
 from serve_app.errors import ApiError
 from serve_app.http_app import create_http_app
+from serve_app.model_spec import Limits
+from serve_app.models import Models
 from serve_app.protocol.chat import ChatCompletionRequest
 from serve_app.protocol.completions import CompletionRequest
 from serve_app.protocol.parse import parse
 from serve_app.protocol.strict import Strict
 from serve_app.protocol.tokenize import DetokenizeRequest
-from serve_app.served_model import Limits
 from tests.bodies import CHAT, COMPLETION, parse_chat, refusal, served_model
 from tests.stub_engine import CONFIG, INFO, StubGroup, chat, client_of, make_model, served
 
@@ -175,7 +176,8 @@ def test_a_body_may_hold_what_the_context_can_need(
         group.info = replace(INFO, session_len=session_len)
         model = make_model(group, tiny_checkpoint)
         limits = replace(model.limits, max_body_bytes=configured)
-        assert replace(model, limits=limits).max_body_bytes == allowed
+        spec = replace(model.spec, limits=limits)
+        assert replace(model, spec=spec).max_body_bytes == allowed
         model.engine.stop()
 
     asyncio.run(test())
@@ -187,7 +189,8 @@ def test_a_large_body_is_read_as_a_small_one(tiny_checkpoint: Path) -> None:
     async def test() -> None:
         group = StubGroup()
         model = make_model(group, tiny_checkpoint)
-        app = create_http_app(replace(model, limits=Limits(None, 8)))
+        models = Models(replace(model, spec=replace(model.spec, limits=Limits(None, 8))))
+        app = create_http_app(models, models.stop)
         async with client_of(app) as client:
             for padding in (0, INLINE_BYTES):
                 content = json.dumps({"tokens": [65]}).encode() + b" " * padding

@@ -49,7 +49,7 @@ class Client:
             max_waiting_requests=limits.get("max_waiting_requests", 100),
             max_waiting_tokens=limits.get("max_waiting_tokens", 10_000),
             step_timeout_s=limits.get("step_timeout_s", 60),
-            on_output=self._arrived.set,
+            on_output=lambda consumers: self._arrived.set(),
         )
         self.outputs: dict[str, SequenceOutput] = {}
 

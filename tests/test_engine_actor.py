@@ -10,7 +10,7 @@ from engine.config import EngineConfig
 from engine.errors import CheckpointError, EngineDeadError
 from engine.executor import EngineInfo
 from engine.outputs import SequenceOutput
-from engine.ray_group import EngineActor
+from engine.ray_actor import EngineActor
 from tests.test_engine import greedy, prompts, request
 from tests.test_ray_group import config
 

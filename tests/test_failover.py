@@ -18,7 +18,8 @@ import torch
 import transformers
 
 from engine.errors import EngineDeadError
-from engine.ray_group import EngineActor, EngineGroup
+from engine.ray_actor import EngineActor
+from engine.ray_group import EngineGroup
 from tests.test_replica import RunningReplica
 
 pytestmark = pytest.mark.ray

@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from engine.config import EngineConfig
 from engine.outputs import SequenceOutput
-from engine.ray_group import EngineActor
+from engine.ray_actor import EngineActor
 from engine.ray_weights import NAMESPACE, PIECE_BYTES, RayPeer, RayPeers
 from engine.tokenizer import Tokenizer
 from engine.weights.cache import WeightCache

@@ -10,14 +10,19 @@ from typing import Any, TypeVar
 
 import httpx
 import pytest
+from ray.serve._private.common import DeploymentID, ReplicaID
+from ray.serve._private.config import DeploymentConfig
+from ray.serve.context import _set_internal_replica_context
+from ray.serve.schema import ReplicaRank
 
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError, EngineDeadError
 from serve_app.app import build_app
 from serve_app.app_args import AppArgs
 from serve_app.async_engine import AsyncEngine
+from serve_app.model_spec import Limits, ModelSpec
 from serve_app.replica import LLMReplica
-from serve_app.served_model import INLINE_SIZE, Limits
+from serve_app.served_model import INLINE_SIZE
 from tests.stub_engine import client_of
 
 T = TypeVar("T")
@@ -37,12 +42,19 @@ class RunningReplica:
         # Serve awaits the class's own __del__; nobody would here.
         cls: Any = type("Replica", (deployment.func_or_class,), {"__del__": lambda self: None})
         self.replica: Any = cls.__new__(cls)
-        await self.replica.__init__(config, "tiny", Limits(1_000_000, 8))
+        _set_internal_replica_context(
+            replica_id=ReplicaID("alone", DeploymentID("LLMReplica", "in this process")),
+            servable_object=self.replica,
+            _deployment_config=DeploymentConfig(),
+            rank=ReplicaRank(rank=0, node_rank=0, local_rank=0),
+            world_size=1,
+        )
+        await self.replica.__init__(ModelSpec("tiny", config, Limits(1_000_000, 8)))
         self._app = self.replica.__serve_build_asgi_app__()
         self._lifespan = self._app.router.lifespan_context(self._app)
         await self._lifespan.__aenter__()
         self.client = client_of(self._app)
-        self.engine: AsyncEngine = self._app.state.model.engine
+        self.engine: AsyncEngine = self.replica._own
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return self._loop.run_until_complete(asyncio.wait_for(coroutine, 120))

@@ -174,7 +174,7 @@ def test_a_cancelled_request_is_aborted(
                 await connection.task
             await asyncio.sleep(0.01)
             assert sorted(group.aborted) == sorted(request_ids)
-            assert app.state.model.engine.num_open == 0
+            assert app.state.models.own.engine.num_open == 0
             group.put(SequenceOutput(request_ids[0], [43]))  # too late, and for nobody
             await asyncio.sleep(0.01)
 
@@ -184,7 +184,7 @@ def test_a_cancelled_request_is_aborted(
 def test_a_request_cancelled_before_it_is_submitted_never_is(tiny_checkpoint: Path) -> None:
     async def test() -> None:
         async with served(tiny_checkpoint) as (group, app):
-            engine = app.state.model.engine
+            engine = app.state.models.own.engine
             generations = [Connection(app, chat(stream=True)) for _ in range(3)]
             while engine.num_open < 3:
                 await asyncio.sleep(0)
@@ -218,7 +218,7 @@ def test_a_stop_string_aborts_and_what_came_after_it_does_not_count(tiny_checkpo
             body = chat(stop=["b"], return_token_ids=True)
             request = asyncio.ensure_future(client.post("/v1/chat/completions", json=body))
             (request_id,) = await group.wait_for(1)
-            token_ids = app.state.model.tokenizer.encode("aabaaa")
+            token_ids = app.state.models.own.tokenizer.encode("aabaaa")
             assert len(token_ids) == 6
             group.put(SequenceOutput(request_id, token_ids))
             answer = (await request).json()
@@ -256,7 +256,7 @@ def test_an_unforeseen_error_is_a_500_in_the_same_shape(
 ) -> None:
     async def test() -> None:
         async with served(tiny_checkpoint) as (_, app), client_of(app) as client:
-            monkeypatch.setattr("serve_app.api.system._card", lambda model: 1 / 0)
+            monkeypatch.setattr("serve_app.models.Models.card", lambda *names: 1 / 0)
             response = await client.get("/v1/models")
             assert response.status_code == 500
             assert response.json()["error"]["type"] == "server_error"

@@ -27,6 +27,7 @@ from engine.outputs import SequenceOutput
 from serve_app import trace_exporters
 from serve_app.http_app import create_http_app
 from serve_app.serve_schema import to_schema
+from serve_app.models import Models
 from serve_app.tracing import RequestTracer
 from tests.stub_engine import StubGroup, chat, client_of, make_model
 from tests.test_launch import BIN, DEMO, ROOT, running
@@ -47,9 +48,8 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
 def traced(checkpoint: Path, test: Test) -> None:
     async def run() -> None:
         group = StubGroup()
-        app: FastAPI = create_http_app(
-            replace(make_model(group, checkpoint), tracer=RequestTracer())
-        )
+        models = Models(replace(make_model(group, checkpoint), tracer=RequestTracer()))
+        app: FastAPI = create_http_app(models, models.stop)
         async with app.router.lifespan_context(app), client_of(app) as client:
             with trace.get_tracer("serve").start_as_current_span("server"):
                 await test(group, client)

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 
 from serve_app.errors import ApiError
+from serve_app.models import Models
 from serve_app.protocol.parse import parse
 from serve_app.served_model import ServedModel
 
@@ -15,10 +16,16 @@ Model = TypeVar("Model", bound=BaseModel)
 INLINE_BYTES = 64 * 1024  # parsing these takes about 0.5 ms
 
 
-def served_model(request: Request) -> ServedModel:
-    model = request.app.state.model
-    assert isinstance(model, ServedModel)
-    return model
+def served_models(request: Request) -> Models:
+    models = request.app.state.models
+    assert isinstance(models, Models)
+    return models
+
+
+async def served_model(request: Request, name: str | None) -> ServedModel:
+    """The model of that name, the first one without; ApiError 404 for a name that none has."""
+    models = served_models(request)
+    return models.own if name is None else await models.get(name)
 
 
 async def read_body(request: Request, model: type[Model]) -> Model:
@@ -26,7 +33,7 @@ async def read_body(request: Request, model: type[Model]) -> Model:
 
     Notes in `request.state.received` when all of it was there.
     """
-    body = await _read(request, served_model(request).max_body_bytes)
+    body = await _read(request, served_models(request).max_body_bytes)
     request.state.received = time.perf_counter()
     if len(body) <= INLINE_BYTES:
         return parse(model, body)

@@ -11,7 +11,7 @@ from serve_app.api.body import read_body, served_model
 from serve_app.api.chunks import ChunkFrame, quote
 from serve_app.api.event_stream import EventStream, event_ids
 from serve_app.event_ids import HEADER
-from serve_app.generation import Delta, Generation, num_scores
+from serve_app.generation import SESSION_HEADER, Delta, Generation, num_scores
 from serve_app.protocol.chat import (
     AssistantMessage,
     ChatChoice,
@@ -28,8 +28,8 @@ router = APIRouter(tags=["OpenAI"])
 @router.post("/v1/chat/completions", response_model=ChatCompletion)
 async def create_chat_completion(request: Request) -> Response:
     """An answer to a conversation, whole or (with stream) as server-sent events."""
-    model = served_model(request)
     body = await read_body(request, ChatCompletionRequest)
+    model = await served_model(request, body.model)
     generation = await _generation(model, body, request)
     if body.stream:
         return EventStream(generation, ChatChunks(model, generation, body))
@@ -45,7 +45,6 @@ async def _generation(
     model: ServedModel, body: ChatCompletionRequest, request: Request
 ) -> Generation:
     """The request as sequences; everything that is wrong with it is raised here."""
-    model.check_name(body.model)
     body.check_stream_options()
     max_tokens = body.token_limit()
     num_logprobs = body.num_logprobs()
@@ -74,6 +73,7 @@ async def _generation(
         received=request.state.received,
         cache_salt=body.cache_salt,
         user=body.user,
+        session_id=request.headers.get(SESSION_HEADER),
         events=event_ids(model, body, request.headers.get(HEADER), params, params.n),
     )
 

@@ -13,7 +13,7 @@ from serve_app.api.chunks import ChunkFrame, quote
 from serve_app.api.event_stream import EventStream, event_ids
 from serve_app.errors import invalid
 from serve_app.event_ids import HEADER
-from serve_app.generation import Delta, Generation, num_scores
+from serve_app.generation import SESSION_HEADER, Delta, Generation, num_scores
 from serve_app.protocol.completions import (
     DEFAULT_MAX_TOKENS,
     Completion,
@@ -34,8 +34,8 @@ router = APIRouter(tags=["OpenAI"])
 @router.post("/v1/completions", response_model=Completion)
 async def create_completion(request: Request) -> Response:
     """Continuations of one or more prompts, whole or (with stream) as server-sent events."""
-    model = served_model(request)
     body = await read_body(request, CompletionRequest)
+    model = await served_model(request, body.model)
     generation, echoes = await _generation(model, body, request)
     texts = _Texts(model, body, generation, echoes)
     if body.stream:
@@ -68,7 +68,6 @@ async def _generation(
     model: ServedModel, body: CompletionRequest, request: Request
 ) -> tuple[Generation, list[str]]:
     """The request as sequences, and what echo puts before each prompt's choices."""
-    model.check_name(body.model)
     body.check_stream_options()
     params = await model.run(lambda: _sampling_params(model, body), body.params_size)
     prompts = body.prompt_list()
@@ -91,6 +90,7 @@ async def _generation(
         received=request.state.received,
         cache_salt=body.cache_salt,
         user=body.user,
+        session_id=request.headers.get(SESSION_HEADER),
         events=event_ids(model, body, request.headers.get(HEADER), params, len(prompts) * params.n),
     )
     return generation, echoes

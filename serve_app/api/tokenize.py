@@ -19,10 +19,8 @@ router = APIRouter(tags=["tokens"])
 @router.post("/tokenize", response_model=TokenizeResponse)
 async def tokenize(request: Request) -> Response:
     """The token ids of a prompt or of a conversation in the model's chat template."""
-    model = served_model(request)
     body = await read_body(request, TokenizeRequest)
-    if body.model is not None:
-        model.check_name(body.model)
+    model = await served_model(request, body.model)
     body.check()
     token_ids = await _encode(model, body)
     answer = await model.run(lambda: _answer(model, body, token_ids), len(token_ids))
@@ -42,10 +40,8 @@ def _answer(model: ServedModel, body: TokenizeRequest, token_ids: list[int]) -> 
 @router.post("/detokenize")
 async def detokenize(request: Request) -> DetokenizeResponse:
     """The text of token ids, special tokens included."""
-    model = served_model(request)
     body = await read_body(request, DetokenizeRequest)
-    if body.model is not None:
-        model.check_name(body.model)
+    model = await served_model(request, body.model)
     (prompt,) = await model.decode([body.tokens], False, "tokens")
     return DetokenizeResponse(prompt=prompt)
 

@@ -10,7 +10,7 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "manta"
-    max_model_len: int
+    max_model_len: int | None  # None: no engine of it has run yet
 
 
 class ModelList(BaseModel):

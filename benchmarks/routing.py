@@ -1,0 +1,180 @@
+"""What cache-aware routing finds in the caches of several replicas, against Serve's own choice.
+
+    python -m benchmarks.routing [--quick]
+
+Tenants whose prompts begin with a long text of their own, three replicas under `manta serve`, each
+with a KV cache that holds half of those texts. Requests of all tenants come mixed, some at once;
+HAProxy gives each to the replica with the fewest connections. With routing, that replica sends it
+to the engine where its beginning is cached; without, its own engine computes it.
+"""
+
+import argparse
+import asyncio
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.load import Connection, Reply
+from benchmarks.record import Table, save, show
+from engine.tokenizer import Tokenizer
+from serve_app.launch_plan import default_model
+from serve_app.ports import free_ports
+
+MODEL_NAME = "bench"
+NUM_REPLICAS = 3
+NUM_TENANTS = 24
+TENANT_TOKENS = 640  # of the text that a tenant's prompts begin with
+BLOCK_SIZE = 16
+NUM_BLOCKS = NUM_TENANTS // 2 * TENANT_TOKENS // BLOCK_SIZE
+ANSWER_TOKENS = 8
+CLIENTS = 6
+WARM_UP, MEASURED = 120, 360  # requests
+START_S = 300.0
+SETTLE_S = 6.0  # until a first replica has noticed that it is not alone
+
+COLUMNS = ["routing", "prompt tokens found cached", "TTFT p50, ms", "TTFT p95, ms", "requests/s"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.routing")
+    parser.add_argument("--quick", action="store_true", help="few requests, nothing written")
+    args = parser.parse_args()
+    prompts = _prompts()
+    rows: list[list[str | float]] = []
+    for name, routed in [("Serve's choice", False), ("cache-aware", True)]:
+        with _server(routed) as url:
+            rows.append([name, *asyncio.run(_measure(url, prompts, quick=args.quick))])
+    table = Table(
+        title=f"{NUM_TENANTS} tenants of {TENANT_TOKENS} tokens each, {NUM_REPLICAS} replicas",
+        columns=COLUMNS,
+        rows=rows,
+        notes=[
+            f"Each replica's cache holds {NUM_BLOCKS * BLOCK_SIZE} tokens, the tenants' texts are "
+            f"{NUM_TENANTS * TENANT_TOKENS}. {CLIENTS} requests at once, {ANSWER_TOKENS} tokens "
+            f"each, {MEASURED} of them after {WARM_UP}; the order is the same in both runs. "
+            "Load generator and replicas share the machine's cores."
+        ],
+    )
+    show(table)
+    if not args.quick:
+        print(save("routing", "Cache-aware routing", [table]))
+
+
+def _prompts() -> list[str]:
+    """One text per tenant, different from its first words on."""
+    tokenizer = Tokenizer.load(default_model())
+    texts = []
+    for tenant in range(NUM_TENANTS):
+        words = random.Random(tenant)
+        text = f"You answer for shop {tenant * 37 % 101}."
+        while len(tokenizer.encode(text, False)) < TENANT_TOKENS:
+            text += f" Article {words.randrange(1000)} costs {words.randrange(100)} coins."
+        texts.append(text)
+    return texts
+
+
+async def _measure(url: str, prompts: list[str], *, quick: bool) -> list[str | float]:
+    """Share of prompt tokens found, TTFT in ms (p50, p95), requests per second."""
+    await asyncio.sleep(SETTLE_S)
+    rng = random.Random(1)
+    num_warm, num_measured = (24, 48) if quick else (WARM_UP, MEASURED)
+    tenants = [rng.randrange(NUM_TENANTS) for _ in range(num_warm + num_measured)]
+    waiting = iter(enumerate(tenants))
+    replies: list[tuple[int, Reply]] = []
+
+    async def client() -> None:
+        connection = Connection(url)
+        for index, tenant in waiting:
+            body = _body(prompts[tenant], index)
+            replies.append((index, await connection.post("/v1/chat/completions", body)))
+        connection.close()
+
+    await asyncio.gather(*[client() for _ in range(CLIENTS)])
+    measured = [reply for index, reply in replies if index >= num_warm]
+    first_ms = [reply.first * 1000 for reply in measured]
+    found = sum(reply.num_cached_tokens for reply in measured)
+    asked = sum(reply.num_prompt_tokens for reply in measured)
+    seconds = max(r.arrivals[-1] for r in measured) - min(r.sent for r in measured)
+    return [
+        f"{found / asked:.0%}",
+        statistics.median(first_ms),
+        statistics.quantiles(first_ms, n=20)[18],
+        len(measured) / seconds,
+    ]
+
+
+def _body(text: str, index: int) -> dict[str, Any]:
+    return {
+        "model": MODEL_NAME,
+        "messages": [
+            {"role": "system", "content": text},
+            {"role": "user", "content": f"Question {index}: what is {index} + 1?"},
+        ],
+        "max_tokens": ANSWER_TOKENS,
+        "ignore_eos": True,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+@contextmanager
+def _server(routed: bool) -> Iterator[str]:
+    (port,) = free_ports(1)
+    engine = {
+        "model": default_model(),
+        "block_size": BLOCK_SIZE,
+        "cache_max_entry_count": NUM_BLOCKS,
+        "max_num_batched_tokens": 512,
+        "num_threads": 1,
+    }
+    args = {"engine": engine, "model_name": MODEL_NAME, "cache_aware_routing": routed}
+    app: dict[str, Any] = {"name": "bench", "import_path": "serve_app.app:build_app", "args": args}
+    app["deployments"] = [{"name": "LLMReplica", "num_replicas": NUM_REPLICAS}]
+    url = f"http://127.0.0.1:{port}"
+    manta = [str(Path(sys.executable).with_name("manta")), "serve", "--port", str(port)]
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "serve_config.yaml").write_text(yaml.dump({"applications": [app]}))
+        process = subprocess.Popen(manta, cwd=directory, env=kept, stdout=subprocess.DEVNULL)
+        try:
+            asyncio.run(_wait(url, process))
+            yield url
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+
+
+async def _wait(url: str, process: "subprocess.Popen[bytes]") -> None:
+    """Until every replica answers, so that none of the requests meets one that starts."""
+    healthy = 0
+    async with asyncio.timeout(START_S):
+        while healthy < 3 * NUM_REPLICAS:
+            if process.poll() is not None:
+                raise RuntimeError("the server did not start; run `manta serve` by itself")
+            healthy += await asyncio.to_thread(_healthy, url)
+            await asyncio.sleep(0.5)
+
+
+def _healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5):
+            return True
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+
+
+if __name__ == "__main__":
+    main()
