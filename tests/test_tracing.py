@@ -26,8 +26,8 @@ from engine.errors import ConfigError, QueueFullError
 from engine.outputs import SequenceOutput
 from serve_app import trace_exporters
 from serve_app.http_app import create_http_app
-from serve_app.serve_schema import to_schema
 from serve_app.models import Models
+from serve_app.serve_schema import to_schema
 from serve_app.tracing import RequestTracer
 from tests.stub_engine import StubGroup, chat, client_of, make_model
 from tests.test_launch import BIN, DEMO, ROOT, running
