@@ -130,5 +130,7 @@ def test_faults_are_named_and_leave_nothing_running(llm: LLM, tmp_path: Path) ->
         llm.chat([], GREEDY)
     with pytest.raises(ConfigError, match="tp=2"):
         LLM(str(tmp_path), tp=2)
+    with pytest.raises(ConfigError, match="manta serve --tp 1 --pp 2"):
+        LLM(str(tmp_path), pp=2)
     with pytest.raises(ConfigError, match="did you mean 'max_num_seqs'"):
         LLM(str(tmp_path), max_num_seq=3)

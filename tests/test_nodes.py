@@ -11,8 +11,9 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from engine.config import EngineConfig
-from engine.errors import EngineDeadError
-from engine.ray_group import EngineGroup, _all
+from engine.errors import ConfigError, EngineDeadError
+from engine.ray_actor import RankInfo
+from engine.ray_group import EngineGroup, _all, _check_devices
 from tests.test_engine import greedy, prompts
 from tests.test_failover import SETTINGS, assert_same, disturbed, fault, mixed_bodies
 from tests.test_failover import answers as answers_of
@@ -104,6 +105,13 @@ def test_streams_outlive_a_rank_of_any_stage(ray_cluster: None, tiny_checkpoint:
     found = running.run(disturbed(running, mixed_bodies(16, "disturbed"), faults))
     assert_same(found, undisturbed)
     running.close()
+
+
+def test_ranks_with_different_devices_are_refused() -> None:
+    ranks = [RankInfo("a", "cuda", "10.0.0.1:5"), RankInfo("b", "cpu", "")]
+    with pytest.raises(ConfigError, match=r"rank 0: cuda, rank 1: cpu.; set device: cpu or cuda"):
+        _check_devices(ranks)
+    _check_devices(ranks[:1])
 
 
 def test_ranks_that_give_no_sign_are_named() -> None:
