@@ -57,6 +57,7 @@ bench: install
 	@$(VENV)/bin/python -m benchmarks.autoscaling --proxy default
 	@$(VENV)/bin/python -m benchmarks.simulate
 	@$(VENV)/bin/python -m benchmarks.simulate --large
+	@$(VENV)/bin/python -m benchmarks.parallel
 	@$(VENV)/bin/python -m benchmarks.report
 
 .PHONY: help install serve test coverage chaos check bench

@@ -17,7 +17,8 @@ from engine.block_manager import BlockManager
 from engine.config import EngineConfig
 from engine.outputs import StepResult
 from engine.sampling_params import SamplingParams
-from engine.scheduler import ScheduledBatch, Scheduler
+from engine.scheduled_batch import ScheduledBatch
+from engine.scheduler import Scheduler
 from engine.sequence import EngineRequest
 from serve_app.autoscaling import ReplicaLoad
 from serve_app.autoscaling_stats import LoadMeter

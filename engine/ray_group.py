@@ -24,7 +24,9 @@ from engine.ray_actor import EngineActor, RankInfo
 from engine.ray_placement import rank_options
 from engine.sequence import EngineRequest
 
-START_TIMEOUT_S = 600  # for a rank's process: the node of its bundle may have to be replaced
+# For a rank's process: the node of its bundle may have to be replaced. If that takes longer, the
+# replica is replaced, and other replicas answer what it has not.
+START_TIMEOUT_S = 120
 JOIN_TIMEOUT_S = 90  # more than torch's own, which knows less
 CHECK_TIMEOUT_S = 30  # takes about 1 ms, but Python code may keep a process busy
 

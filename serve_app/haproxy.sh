@@ -14,12 +14,15 @@
 #
 # When no replica can be reached, the answer is 503 with Retry-After in the API's own shape, and not
 # the plain 500 that Serve makes of 502, 503 and 504; nor 404, while Serve has not told a new HAProxy
-# of any application.
+# of any application; nor 500, when a request waited in Serve's fallback proxy for a replica and that
+# died as well. Our own errors are JSON.
 #
 # An HAProxy that outlived the actor which started it holds the port: the next one takes over from it,
 # and its streams go on.
 
 unavailable=$(dirname "$0")/unavailable.http
+not_ours="{ status 500 } !{ res.hdr(content-type) -m beg application/json }"
+rule="http-response return status 503 errorfile $unavailable if $not_ours"
 previous=
 reload=
 orphans=
@@ -33,6 +36,7 @@ for argument in "$@"; do
             echo "$0: $argument still binds a port of every interface" >&2
             exit 1
         fi
+        sed -i "/^frontend http_frontend/a $rule" "$argument" || exit 1
         if ! grep -q '^ *use_backend ' "$argument"; then
             sed -i "s|\( *http-request return status \)404 .*|\1503 errorfile $unavailable|" \
                 "$argument" || exit 1

@@ -45,6 +45,16 @@ async def answers(writer: asyncio.StreamWriter) -> None:
     writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\ngood")
 
 
+async def fails_as_serve_does(writer: asyncio.StreamWriter) -> None:
+    head = b"HTTP/1.1 500 Internal Server Error\r\nContent-Type: text/plain\r\n"
+    writer.write(head + b"Content-Length: 4\r\n\r\noops")
+
+
+async def fails_as_we_do(writer: asyncio.StreamWriter) -> None:
+    head = b"HTTP/1.1 500 Internal Server Error\r\nContent-Type: application/json\r\n"
+    writer.write(head + b"Content-Length: 2\r\n\r\n{}")
+
+
 class Replica:
     """A server that reads a request and then behaves; health checks pass while it listens."""
 
@@ -164,6 +174,19 @@ def test_an_answer_that_has_begun_is_not_repeated(tmp_path: Path) -> None:
             with pytest.raises(httpx.RemoteProtocolError):
                 await post(url)
         assert len(bad.bodies) == 1
+
+    asyncio.run(test())
+
+
+def test_only_our_own_errors_are_500(tmp_path: Path) -> None:
+    async def test() -> None:
+        replica = Replica(fails_as_we_do)
+        async with replica.listening() as port, haproxy(tmp_path, [port]) as url:
+            assert (await post(url)).status_code == 500
+            replica.behaviour = fails_as_serve_does
+            response = await post(url)
+            assert response.status_code == 503
+            assert response.json()["error"]["code"] == "no_replica"
 
     asyncio.run(test())
 

@@ -40,6 +40,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=12)
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--placement", choices=["node", "ranks"], default="node")
     parser.add_argument("--faults", default="")
     parser.add_argument("--proxy", choices=["haproxy", "python"], default="haproxy")
     return parser.parse_args()
@@ -55,7 +56,7 @@ async def _run(args: argparse.Namespace, directory: Path, run_dir: Path) -> dict
     checkpoint = directory / "tiny-llama"
     write_servable_model("llama", checkpoint, max_position_embeddings=512)
     rng = random.Random(args.seed)
-    site = Site(checkpoint, run_dir, num_nodes=args.nodes, tp=args.tp)
+    site = Site(checkpoint, run_dir, num_nodes=args.nodes, tp=args.tp, placement=args.placement)
     await site.recovered()
     load = Load(site.url, make_bodies("tiny", 12, max_tokens=300), args.clients)
     await load.ask_oracle()
@@ -86,7 +87,8 @@ async def _run(args: argparse.Namespace, directory: Path, run_dir: Path) -> dict
         "seconds": round(time.monotonic() - started),
         "complete": count.complete,
         "resumed": count.resumed,
-        "refused": count.refused,
+        "streams refused": count.refused,
+        "whole answers refused": count.refused_whole,
         "asked again after the proxy's death": count.entrance,
         "wrong": count.wrong,
         "lost": count.lost,

@@ -42,7 +42,8 @@ async def haproxy(site: Site, load: Load, rng: random.Random) -> str:
 
 
 async def manager(site: Site, load: Load, rng: random.Random) -> str:
-    """HAProxy outlives it, and its successor takes over."""
+    """Ray ends HAProxy with it."""
+    load.proxy_killed = time.monotonic()
     for pid in site.pids("HAProxyManager"):
         site.kill(pid)
     return "killed HAProxy's manager"

@@ -41,6 +41,7 @@ class Count:
     complete: int = 0
     resumed: int = 0  # streams that were cut, each time
     refused: int = 0  # streams told to come back, each time
+    refused_whole: int = 0  # whole answers, each time: only when one replica after the other dies
     entrance: int = 0  # whole answers asked for again because the proxy itself was killed
     wrong: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
@@ -106,6 +107,10 @@ class Load:
                 response = await self._client.post(PATH, json=body)
                 if response.status_code == 200:
                     return [choice["token_ids"] for choice in response.json()["choices"]]
+                if response.status_code == 503 and "retry-after" in response.headers:
+                    self.count.refused_whole += 1
+                    await asyncio.sleep(0.5)
+                    continue
                 raise RefusedError(f"{response.status_code}: {response.text}")
             except (httpx.TransportError, RefusedError):
                 if self.proxy_killed < 0 or asked > self.proxy_killed + PROXY_S:

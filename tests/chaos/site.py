@@ -39,13 +39,16 @@ class NotRecoveredError(Exception):
 class Site:
     """Two replicas at first. Everything it starts names its run directory in the environment."""
 
-    def __init__(self, checkpoint: Path, run_dir: Path, *, num_nodes: int, tp: int) -> None:
+    def __init__(
+        self, checkpoint: Path, run_dir: Path, *, num_nodes: int, tp: int, placement: str
+    ) -> None:
         self.plan = make_plan(
             model=str(checkpoint),
             model_name="tiny",
             port=0,
             num_replicas=2,
             tp=tp,
+            placement=placement,
             dtype="float32",
             device="cpu",
             num_threads=1,
@@ -173,8 +176,8 @@ class Site:
 
 
 def _engine_stats(actor: Any) -> tuple[int, EngineStats]:
-    model = actor._replica_impl._user_callable_wrapper._callable._model
-    return model.engine.num_open, model.metrics._latest
+    engine = actor._replica_impl._user_callable_wrapper._callable._own
+    return engine.num_open, engine.stats
 
 
 def _shared_memory(pids: list[int]) -> set[str]:
