@@ -34,7 +34,7 @@ SLO = Slo()
 SEEDS = (1, 2)
 QUANTUM, LARGE_QUANTUM = 16, 64  # simulated_replica: how coarse a step is
 TRAFFIC = Traffic(duration_s=600.0, rate=30.0, period_s=600.0, burst_every_s=150.0, burst_s=45.0)
-LARGE = replace(TRAFFIC, duration_s=90.0, rate=4000.0, period_s=180.0, burst_every_s=60.0)
+LARGE = replace(TRAFFIC, duration_s=60.0, rate=3000.0, period_s=120.0, burst_every_s=40.0)
 START_S = 15.0  # a GPU's replica on a warm node
 MAX_REPLICAS = 64
 COLUMNS = [
@@ -128,7 +128,7 @@ def _sweep(trace: Path | None, cases: list[Case], *, write: bool) -> Table:
 
 
 def _large() -> Table:
-    bounds = {"max_replicas": 1000, "initial_replicas": 100, "metrics_interval_s": 1.0}
+    bounds = {"max_replicas": 1000, "initial_replicas": 250, "metrics_interval_s": 1.0}
     case = Case("defaults, up to 1000", bounds | {"look_back_period_s": 2.0}, {})
     arrivals = generate(LARGE, SEEDS[0])
     started = time.perf_counter()

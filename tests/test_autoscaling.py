@@ -306,7 +306,8 @@ def test_the_example_in_serve_config_is_what_max_replicas_does() -> None:
     settings = deployment["autoscaling_config"]["policy"].pop("policy_kwargs")
     assert QueueDepthSettings(**settings) == QueueDepthSettings()
     plan = make_plan(max_replicas=3)
-    assert plan.serve_config["applications"][0]["deployments"] == [deployment]
+    (made,) = plan.serve_config["applications"][0]["deployments"]
+    assert made["autoscaling_config"] == deployment["autoscaling_config"]
     assert plan.num_replicas == 3
     to_schema(plan.serve_config)
 
