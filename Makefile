@@ -53,6 +53,11 @@ bench: install
 	@$(VENV)/bin/python -m benchmarks.cpu_engine
 	@$(VENV)/bin/python -m benchmarks.failover
 	@$(VENV)/bin/python -m benchmarks.weights
+	@$(VENV)/bin/python -m benchmarks.autoscaling
+	@$(VENV)/bin/python -m benchmarks.autoscaling --proxy default
+	@$(VENV)/bin/python -m benchmarks.simulate
+	@$(VENV)/bin/python -m benchmarks.simulate --large
+	@$(VENV)/bin/python -m benchmarks.parallel
 	@$(VENV)/bin/python -m benchmarks.report
 
 .PHONY: help install serve test coverage chaos check bench

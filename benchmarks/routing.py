@@ -40,7 +40,7 @@ BLOCK_SIZE = 16
 NUM_BLOCKS = NUM_TENANTS // 2 * TENANT_TOKENS // BLOCK_SIZE
 ANSWER_TOKENS = 8
 CLIENTS = 6
-WARM_UP, MEASURED = 120, 360  # requests
+WARM_UP, MEASURED = 500, 700  # requests: about 15 and 20 s, many exchanges of the directory
 START_S = 300.0
 SETTLE_S = 6.0  # until a first replica has noticed that it is not alone
 
@@ -89,7 +89,7 @@ async def _measure(url: str, prompts: list[str], *, quick: bool) -> list[str | f
     """Share of prompt tokens found, TTFT in ms (p50, p95), requests per second."""
     await asyncio.sleep(SETTLE_S)
     rng = random.Random(1)
-    num_warm, num_measured = (24, 48) if quick else (WARM_UP, MEASURED)
+    num_warm, num_measured = (500, 400) if quick else (WARM_UP, MEASURED)
     tenants = [rng.randrange(NUM_TENANTS) for _ in range(num_warm + num_measured)]
     waiting = iter(enumerate(tenants))
     replies: list[tuple[int, Reply]] = []

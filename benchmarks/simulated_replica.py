@@ -7,7 +7,7 @@ is as coarse as that step (some 0.1 s with a quantum of 8). quantum=1 is the rea
 """
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -17,7 +17,8 @@ from engine.block_manager import BlockManager
 from engine.config import EngineConfig
 from engine.outputs import StepResult
 from engine.sampling_params import SamplingParams
-from engine.scheduler import ScheduledBatch, Scheduler
+from engine.scheduled_batch import ScheduledBatch
+from engine.scheduler import Scheduler
 from engine.sequence import EngineRequest
 from serve_app.autoscaling import ReplicaLoad
 from serve_app.autoscaling_stats import LoadMeter
@@ -152,7 +153,12 @@ class SimulatedReplica:
         return len(ended)
 
     def load(self, now: float) -> ReplicaLoad:
-        return self._meter.read(self._scheduler.stats(), len(self.open), now)
+        waits = (now - seq.request.arrival_time for seq in self._scheduler.waiting)
+        stats = replace(self._scheduler.stats(), oldest_waiting_s=next(waits, 0.0))
+        load = self._meter.read(stats, len(self.open), now)
+        tokens = load.waiting_tokens * self.quantum
+        drained = load.drained_tokens_per_s * self.quantum
+        return replace(load, waiting_tokens=tokens, drained_tokens_per_s=drained)
 
     def _units(self, tokens: int) -> int:
         return max(1, -(-tokens // self.quantum))

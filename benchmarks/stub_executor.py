@@ -62,7 +62,7 @@ def install() -> None:
     """In this process, engine actors get a StubExecutor (stub_site/sitecustomize.py calls it)."""
     from engine import local_executor
 
-    def make(config: EngineConfig, group: object = None) -> StubExecutor:
+    def make(config: EngineConfig, *_: object) -> StubExecutor:
         return StubExecutor(stub_info(config.model), float(os.environ[STEP_MS]) / 1000)
 
     vars(local_executor)["LocalExecutor"] = make

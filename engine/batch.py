@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from engine.scheduler import ScheduledBatch
+    from engine.scheduled_batch import ScheduledBatch
 
 Int32Array = NDArray[np.int32]
 PENDING = -1  # an input id the host does not know yet: the step before samples it

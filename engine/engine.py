@@ -13,7 +13,8 @@ from engine.config import EngineConfig
 from engine.errors import InvalidRequestError
 from engine.executor import EngineInfo, Executor
 from engine.outputs import EngineStats, SequenceOutput
-from engine.scheduler import ScheduledBatch, Scheduler
+from engine.scheduled_batch import ScheduledBatch
+from engine.scheduler import Scheduler
 from engine.sequence import EngineRequest
 
 

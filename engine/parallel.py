@@ -60,6 +60,8 @@ class ParallelGroup:
         """
         world_size = tp * pp
         if world_size == 1:
+            if listener is not None:
+                listener.close()
             return cls()
         host, port = address.rsplit(":", 1)
         if rank == 0 and listener is None:

@@ -180,9 +180,8 @@ class RayPeers:
         if path.is_dir():
             return path
         try:
-            contents = ray.get(
-                _on(node, _send_settings).remote(announcement.settings), timeout=SILENCE_S
-            )
+            coming = _on(node, _send_settings).remote(announcement.settings)
+            contents = ray.get(coming, timeout=SILENCE_S)
         except RayError as error:
             raise PeerError(_reason(error)) from error
         if "config.json" not in contents:
@@ -229,8 +228,7 @@ def _items(stream: Stream) -> Iterator[Any]:
     """What it yields; PeerError when the sender failed, died or says nothing."""
     try:
         while True:
-            ready, _ = ray.wait([stream], timeout=SILENCE_S)
-            if not ready:
+            if not ray.wait([stream], timeout=SILENCE_S)[0]:
                 raise PeerError(f"it sent nothing for {SILENCE_S:.0f} s")
             yield ray.get(next(stream), timeout=SILENCE_S)
     except StopIteration:

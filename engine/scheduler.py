@@ -15,44 +15,18 @@ flight are about equal.
 import secrets
 import time
 from collections import deque
-from dataclasses import dataclass, field
 from itertools import chain
 
 import numpy as np
 
 from engine.batch import Int32Array
 from engine.block_manager import BlockManager
-from engine.errors import InvalidRequestError, LogitsError, MantaError
-from engine.outputs import EngineStats, SequenceOutput, StepResult, TokenLogprobs
+from engine.errors import InvalidRequestError
+from engine.outputs import EngineStats, SequenceOutput, StepResult
 from engine.prefix import short
+from engine.reports import append_token, without_token
+from engine.scheduled_batch import ScheduledBatch
 from engine.sequence import EngineRequest, Sequence, Status
-
-
-@dataclass(slots=True)
-class ScheduledBatch:
-    """One step: sequence i computes num_new_tokens[i] tokens. Rows with one token come first."""
-
-    seqs: list[Sequence] = field(default_factory=list)
-    num_new_tokens: list[int] = field(default_factory=list)
-    num_decodes: int = 0
-    sampled: list[int] = field(default_factory=list)  # rows whose last token is computed
-    new_rows: list[Sequence] = field(default_factory=list)  # those that (re)entered `running`
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.num_new_tokens)
-
-    def append(self, seq: Sequence, num_new_tokens: int) -> None:
-        self.seqs.append(seq)
-        self.num_new_tokens.append(num_new_tokens)
-
-    def remove(self, seq: Sequence) -> int:
-        """Take back what was given to a sequence that is preempted; returns its tokens."""
-        if seq not in self.seqs:
-            return 0
-        index = self.seqs.index(seq)
-        del self.seqs[index]
-        return self.num_new_tokens.pop(index)
 
 
 class Scheduler:
@@ -163,9 +137,10 @@ class Scheduler:
             if seq.status is Status.FINISHED:  # aborted while the step ran
                 continue
             if row in invalid:
-                outputs.append(_no_token(seq))
+                outputs.append(without_token(seq))
             else:
-                outputs.append(self._append_token(seq, token_id, entry))
+                outputs.append(append_token(seq, token_id, entry))
+                self._counters["num_generation_tokens"] += 1
         for seq in batch.seqs:
             if seq.status is Status.RUNNING:
                 self.block_manager.cache_full_blocks(seq)
@@ -308,39 +283,6 @@ class Scheduler:
         self._counters["num_steps"] += 1
         self._counters["num_batched_tokens"] += batch.num_tokens
 
-    def _append_token(
-        self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None
-    ) -> SequenceOutput:
-        seq.token_ids.append(token_id)
-        self._counters["num_generation_tokens"] += 1
-        num_output = len(seq.token_ids) - seq.num_prompt_tokens
-        output = SequenceOutput(seq.request.request_id, [token_id])
-        if logprobs is not None:
-            output.logprobs = [logprobs]
-        if num_output == 1:
-            self._describe_first(seq, output)
-        if num_output == len(seq.request.output_token_ids) + 1:
-            self._time_first(seq, output)
-        if token_id in seq.stop_token_ids and num_output >= seq.params.min_tokens:
-            output.finish_reason = "stop"
-            output.stop_token_id = token_id
-        elif num_output >= seq.max_output_tokens:
-            output.finish_reason = "length"
-        return output
-
-    @staticmethod
-    def _describe_first(seq: Sequence, output: SequenceOutput) -> None:
-        """What a sequence reports once, with its first token, however often it is resumed."""
-        output.num_cached_tokens = seq.num_cached_tokens
-        if seq.params.prompt_logprobs is not None:
-            output.prompt_logprobs = [None, *seq.prompt_logprobs]
-
-    @staticmethod
-    def _time_first(seq: Sequence, output: SequenceOutput) -> None:
-        assert seq.first_scheduled_time is not None
-        output.queue_time = seq.first_scheduled_time - seq.request.arrival_time
-        output.prefill_time = time.monotonic() - seq.first_scheduled_time
-
     def _preempt(self, seq: Sequence) -> None:
         """Give back everything of a running sequence; it will be recomputed from its tokens."""
         self._vacate(seq)
@@ -365,16 +307,6 @@ class Scheduler:
         self.block_manager.release(seq)
         self._free_rows.append(seq.row)
         seq.row = -1
-
-
-def _no_token(seq: Sequence) -> SequenceOutput:
-    error: MantaError = LogitsError("the model gave NaN or infinite logits for this request")
-    if seq.params.forbids_tokens:
-        error = InvalidRequestError(
-            "allowed_token_ids, bad_words, logit_bias and min_tokens together forbid every token",
-            "allowed_token_ids",
-        )
-    return SequenceOutput(seq.request_id, finish_reason="error", error=error)
 
 
 _COUNTERS = (

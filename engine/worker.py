@@ -54,7 +54,7 @@ class Worker:
             session_len=limit,
             cache=cache,
         )
-        _check_same(origin, group)
+        check_same(origin, group)
         mapped_bytes = cache.mapped_bytes if cache is not None else 0
         self.num_blocks = group.min(self._count_blocks(config, limit, mapped_bytes))
         self.session_len = min(limit, self.num_blocks * self.block_size)
@@ -180,7 +180,7 @@ def _find_origin(checkpoint: Path, peers: Peers | None) -> Origin:
     return Origin.at(checkpoint) if peers is None else peers.origin(checkpoint)
 
 
-def _check_same(origin: Origin, group: ParallelGroup) -> None:
+def check_same(origin: Origin, group: ParallelGroup) -> None:
     """CheckpointError when a rank without the checkpoint got another version than the others.
 
     Ranks that read checkpoints of their own may see other times of change, hence other files.

@@ -17,7 +17,6 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from engine.batcher import queue_full
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, MantaError
 from engine.outboxes import OWNER
@@ -25,7 +24,7 @@ from engine.outputs import EngineStats, SequenceOutput
 from engine.sequence import EngineRequest
 from serve_app.engine_death import as_death, report_death, with_cause
 from serve_app.metrics import Metrics
-from serve_app.open_request import OpenRequest, OpenSequence
+from serve_app.open_request import OpenRequest, OpenSequence, check_queue
 
 if TYPE_CHECKING:
     from engine.ray_group import EngineGroup
@@ -85,7 +84,7 @@ class AsyncEngine:
         if self._failure is not None:
             raise self._failure
         if self._group is None or self._on_trial is not None:
-            self._check_queue(requests)
+            check_queue(self._sequences.values(), requests, self._config)
         opened = OpenRequest([request.request_id for request in requests])
         self._schedule_send()
         for request in requests:
@@ -216,18 +215,6 @@ class AsyncEngine:
         """The suspect gained a token or ended: it is the turn of the next, or of all others."""
         if sequence is self._on_trial:
             self._submit_waiting()
-
-    def _check_queue(self, requests: Sequence[EngineRequest]) -> None:
-        """The batcher's bounds, for what waits here meanwhile."""
-        sequences = self._sequences.values()
-        waiting = [s.request for s in sequences if not s.in_engine and s.num_deaths == 0]
-        num_tokens = sum(len(request.prompt_token_ids) for request in (*waiting, *requests))
-        config, num_waiting = self._config, len(waiting) + len(requests) - 1
-        error = queue_full(
-            num_waiting, num_tokens, config.max_waiting_requests, config.max_waiting_tokens
-        )
-        if error is not None:
-            raise error
 
     # -- calls of the group ---------------------------------------------------------------------
 

@@ -8,47 +8,66 @@ import math
 from engine.outputs import EngineStats
 from serve_app.autoscaling import ReplicaLoad
 
-MEMORY_S = 10.0  # older measurements fade: the mix of requests changes
-ENOUGH_S = 1.0  # measured for less, a rate says little
+ARRIVALS_S = 5.0  # arrivals are averaged over about so long
+MEMORY_S = 10.0  # as is what was drained: the mix of requests changes
+ENOUGH_S = 2.0  # measured for less, a rate says little
+FORGET_S = 600.0  # since anything waited
+WAIT_S = 0.5  # less than this may be a step that lasts, or one prompt behind another
 
 
 class LoadMeter:
-    """Measures how fast the engine takes sequences in while more of them wait."""
+    """Measures what arrives, and how fast the engine takes it in while more of it waits."""
 
     def __init__(self, slots: int) -> None:
         self._slots = slots
         self._last = EngineStats()
-        self._last_time = 0.0
+        self._last_time: float | None = None
+        self._waited = False
+        self._arrived_per_s = 0.0
+        self._measured_at = -math.inf
         self._seconds = self._sequences = self._tokens = 0.0  # faded sums
+        self._drained = (0.0, 0.0)  # sequences and prompt tokens per second
 
     def read(self, stats: EngineStats, num_open: int, now: float) -> ReplicaLoad:
         """`num_open` counts what is on its way to the engine as well, or waits for another one.
 
-        `now` is on the clock of EngineRequest.arrival_time. Call it at regular times: rates are
-        taken from one call to the next.
+        `now` is in seconds. Call it at regular times: rates are taken from one call to the next.
         """
         self._measure(stats, now)
         running = min(stats.num_running, num_open)
-        measured = self._seconds >= ENOUGH_S
+        known = now - self._measured_at < FORGET_S
+        drained_per_s, drained_tokens_per_s = self._drained if known else (0.0, 0.0)
         return ReplicaLoad(
             running=running,
             waiting=num_open - running,
             waiting_tokens=stats.num_waiting_tokens,
-            oldest_waiting_s=stats.oldest_waiting_s,
             slots=self._slots,
-            kv_cache_usage=stats.kv_cache_usage,
-            drained_per_s=self._sequences / self._seconds if measured else 0.0,
-            drained_tokens_per_s=self._tokens / self._seconds if measured else 0.0,
+            arrived_per_s=self._arrived_per_s,
+            drained_per_s=drained_per_s,
+            drained_tokens_per_s=drained_tokens_per_s,
         )
 
     def _measure(self, stats: EngineStats, now: float) -> None:
-        last, seconds = self._last, now - self._last_time
+        last, last_time, had_waited = self._last, self._last_time, self._waited
         self._last, self._last_time = stats, now
-        waited = last.num_waiting and stats.num_waiting
-        if not waited or seconds <= 0 or stats.num_steps < last.num_steps:
-            return  # or the clock was set, or another engine counts from zero
-        kept = math.exp(-seconds / MEMORY_S)
+        self._waited = stats.oldest_waiting_s > WAIT_S
+        if last_time is None or now <= last_time or stats.num_steps < last.num_steps:
+            return  # the first call, or the clock was set, or another engine counts from zero
+        seconds = now - last_time
+        admitted = stats.num_admitted - last.num_admitted
+        arrived = admitted + stats.num_waiting - last.num_waiting
+        share = -math.expm1(-seconds / ARRIVALS_S)
+        self._arrived_per_s += share * (max(0, arrived) / seconds - self._arrived_per_s)
+        if not had_waited or not self._waited:
+            return
+        kept = math.exp(-(now - self._measured_at) / MEMORY_S)
+        self._measured_at = now
         self._seconds = self._seconds * kept + seconds
-        self._sequences = self._sequences * kept + stats.num_admitted - last.num_admitted
+        # Not those admitted: free slots fill at once, and say nothing of what comes after.
+        ended = admitted - (stats.num_running - last.num_running)
+        self._sequences = self._sequences * kept + ended
         tokens = stats.num_prompt_tokens - last.num_prompt_tokens
         self._tokens = self._tokens * kept + tokens
+        if self._seconds >= ENOUGH_S:
+            drained = max(0.0, self._sequences), self._tokens
+            self._drained = drained[0] / self._seconds, drained[1] / self._seconds

@@ -183,6 +183,7 @@ def plan(
     config: Annotated[
         Path | None, typer.Option(help="Engine config (YAML); the options here win over it.")
     ] = None,
+    pp: Annotated[int | None, typer.Option(min=1, help="Stages of consecutive layers.")] = None,
     dtype: DTypeOption = None,
     session_len: SessionLenOption = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences running at once.")] = None,
@@ -200,6 +201,7 @@ def plan(
 
         wanted = Wanted(gpu, gpus, memory, bandwidth, cpu, int4)
         settings = {
+            "pp": pp,
             "dtype": dtype,
             "session_len": session_len,
             "max_num_seqs": max_num_seqs,

@@ -9,8 +9,9 @@ go on in another one. routing.py decides; the directory tells what there is.
 import asyncio
 import random
 import time
-from collections import deque
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ray.exceptions import RayError
@@ -24,7 +25,8 @@ from serve_app.async_engine import AsyncEngine
 from serve_app.directory import Entry
 from serve_app.metrics import Metrics
 from serve_app.open_request import OpenRequest
-from serve_app.routing import Candidate, choose
+from serve_app.peers import Load, Peer, QueueMeter
+from serve_app.routing import choose, num_matched
 
 if TYPE_CHECKING:
     from engine.executor import EngineInfo
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
 
 LOST_S = 10.0  # an engine that was lost but is still told of (it lives) is joined again
 RETRY_S = 0.5  # between attempts to find an engine
-REPORTS = 3  # what was sent may be missing in so many reports: in work, on its way, told late
 
 Attach = Callable[[], Awaitable[Entry]]
 Join = Callable[["EngineRef"], "EngineGroup"]
@@ -65,11 +66,12 @@ class Engines:
         self._seeds = random.Random(config.seed)
         self._join = join
         self._refer = refer
+        self._queue = QueueMeter()
         self._attach = attach
-        self._peers: dict[str, _Peer] = {}  # by replica id, this one's own too
+        self._peers: dict[str, Peer] = {}  # by replica id, this one's own too
         self._guests: dict[str, _Guest] = {}  # by the id of the engine each joined first
-        self._opened: dict[OpenRequest, AsyncEngine] = {}
-        self.last_info = own.info if own is not None else None
+        self._opened: dict[OpenRequest, _Sent] = {}
+        self._last_ref: EngineRef | None = None  # the engine heard of last, which may be gone
 
     # -- AsyncEngine's interface ----------------------------------------------------------------
 
@@ -77,14 +79,20 @@ class Engines:
     def info(self) -> "EngineInfo":
         if self.own is not None:
             return self.own.info
-        assert self.last_info is not None, "ready() comes first"
-        return self.last_info
+        info = self.last_info
+        assert info is not None, "ready() comes first"
+        return info
+
+    @property
+    def last_info(self) -> "EngineInfo | None":
+        """None when no engine was heard of yet."""
+        return self._last_ref.info if self._last_ref is not None else None
 
     def open(self, requests: Sequence[EngineRequest], session_id: str | None = None) -> OpenRequest:
         """Submit the sequences of one request to one engine. Every open needs its close."""
-        engine = self._choose(requests, session_id)
-        opened = engine.open(requests)
-        self._opened[opened] = engine
+        sent = self._choose(requests, session_id)
+        opened = sent.engine.open(requests)
+        self._opened[opened] = sent
         return opened
 
     def new_seed(self) -> int:
@@ -92,10 +100,10 @@ class Engines:
         return self.own.new_seed() if self.own is not None else self._seeds.getrandbits(63)
 
     def abort(self, opened: OpenRequest, request_id: str) -> None:
-        self._opened[opened].abort(opened, request_id)
+        self._opened[opened].engine.abort(opened, request_id)
 
     def close(self, opened: OpenRequest) -> None:
-        self._opened.pop(opened).close(opened)
+        self._opened.pop(opened).engine.close(opened)
 
     @property
     def num_open(self) -> int:
@@ -130,7 +138,7 @@ class Engines:
             model,
             self._refer(group) if group is not None else None,
             stats.num_running + stats.num_waiting,
-            stats.num_waiting_tokens,
+            self._queue.read(stats),
             await self._prefixes(group) if group is not None else [],
         )
         self._hear(entry)
@@ -150,10 +158,10 @@ class Engines:
                 del self._guests[engine_id]
 
     def _hear(self, entry: Entry) -> None:
-        peer = self._peers.setdefault(entry.replica_id, _Peer(entry.replica_id))
-        peer.hear(entry)
+        peer = self._peers.setdefault(entry.replica_id, Peer(entry.replica_id))
+        peer.hear(entry, self._mine()[entry.replica_id])
         if entry.engine is not None:
-            self.last_info = entry.engine.info
+            self._last_ref = entry.engine
 
     async def _prefixes(self, group: "EngineGroup") -> list[int]:
         if not self._config.enable_prefix_caching:
@@ -163,7 +171,7 @@ class Engines:
         except EngineDeadError:  # who polls it learns that too
             return []
 
-    def _usable(self) -> list["_Peer"]:
+    def _usable(self) -> list[Peer]:
         """Other replicas' engines, without those that this replica has seen die."""
         return [
             peer
@@ -175,27 +183,38 @@ class Engines:
 
     # -- which engine a request gets --------------------------------------------------------------
 
-    def _choose(self, requests: Sequence[EngineRequest], session_id: str | None) -> AsyncEngine:
+    def _choose(self, requests: Sequence[EngineRequest], session_id: str | None) -> "_Sent":
         others = self._usable()
         if not others:
-            if self.own is None:
-                raise EngineDeadError("no engine of this model is left")
-            return self.own
+            return _Sent(self.own or self._waiting_guest(), self._replica_id, 0)
         mine = self._peers.get(self._replica_id)
         if mine is not None and self.own is not None and self.own.group is not None:
             others.append(mine)
         hashes = self._hashes(requests[0])
+        num_tokens, block_size = len(requests[0].prompt_token_ids), self.info.block_size
+        sent = self._mine()
         found = choose(
-            len(requests[0].prompt_token_ids),
+            num_tokens,
             hashes,
-            [peer.candidate() for peer in others],
-            block_size=self.info.block_size,
+            [peer.candidate(sent[peer.replica_id]) for peer in others],
+            block_size=block_size,
             own=self._replica_id,
             session_id=session_id,
         )
         peer = self._peers[found.id]
-        peer.sent(requests, hashes)
-        return self.own if peer is mine and self.own is not None else self._guest_of(peer)
+        num_new = num_tokens - num_matched(hashes, found.prefixes) * block_size
+        peer.sent(hashes)
+        engine = self.own if peer is mine and self.own is not None else self._guest_of(peer)
+        return _Sent(engine, found.id, num_new)
+
+    def _mine(self) -> defaultdict[str, Load]:
+        """By replica, what of this one's requests is in its engine now."""
+        loads: defaultdict[str, Load] = defaultdict(Load)
+        for opened, sent in self._opened.items():
+            load = loads[sent.replica_id]
+            load.num_sequences += len(opened.unfinished)
+            load.num_waiting_tokens += sent.num_new_tokens if opened.is_waiting else 0
+        return loads
 
     def _hashes(self, request: EngineRequest) -> list[int]:
         if not self._config.enable_prefix_caching:
@@ -203,7 +222,7 @@ class Engines:
         token_ids = request.prompt_token_ids
         return prefix_hashes(token_ids, self.info.block_size, request.cache_salt)
 
-    def _guest_of(self, peer: "_Peer") -> AsyncEngine:
+    def _guest_of(self, peer: Peer) -> AsyncEngine:
         ref = peer.engine
         assert ref is not None
         if ref.id not in self._guests:
@@ -212,6 +231,14 @@ class Engines:
             self._guests[ref.id] = _Guest(engine, group)
         return self._guests[ref.id].engine
 
+    def _waiting_guest(self) -> AsyncEngine:
+        """Of an engine that died since ready(): what is opened goes on in the next one."""
+        assert self._last_ref is not None, "ready() comes first"
+        group = self._join(self._last_ref)
+        engine = AsyncEngine(group, self._another, self._config, self._metrics)
+        self._guests[f"{self._last_ref.id} {id(engine)}"] = _Guest(engine, group)
+        return engine
+
     async def _another(self) -> "EngineGroup":
         """Where a guest's open sequences go on: here, or else in the least busy engine."""
         others = self._usable()
@@ -219,7 +246,7 @@ class Engines:
             return self._join(self._refer(await self.own.connected()))
         if not others:
             return self._join(await self._find())
-        ref = min(others, key=lambda peer: peer.num_sequences).engine
+        ref = min(others, key=lambda peer: peer.others.num_sequences).engine
         assert ref is not None
         return self._join(ref)
 
@@ -237,34 +264,13 @@ class Engines:
                 return entry.engine
 
 
-class _Peer:
-    """A replica's last entry, and what was sent to its engine since."""
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """Where an open request went, and how many of its tokens were not cached there."""
 
-    def __init__(self, replica_id: str) -> None:
-        self._replica_id = replica_id
-        self._known: set[int] = set()
-        self._recent: deque[set[int]] = deque([set()], maxlen=REPORTS)
-        self.engine: EngineRef | None = None
-        self.num_sequences = 0
-        self._num_waiting_tokens = 0
-
-    def hear(self, entry: Entry) -> None:
-        self.engine = entry.engine
-        self.num_sequences = entry.num_sequences
-        self._num_waiting_tokens = entry.num_waiting_tokens
-        self._known = set(entry.prefixes).union(*self._recent)
-        self._recent.append(set())
-
-    def sent(self, requests: Sequence[EngineRequest], hashes: Sequence[int]) -> None:
-        self.num_sequences += len(requests)
-        self._num_waiting_tokens += sum(len(request.prompt_token_ids) for request in requests)
-        self._known.update(hashes)
-        self._recent[-1].update(hashes)
-
-    def candidate(self) -> Candidate:
-        return Candidate(
-            self._replica_id, self.num_sequences, self._num_waiting_tokens, self._known
-        )
+    engine: AsyncEngine
+    replica_id: str
+    num_new_tokens: int
 
 
 class _Guest:

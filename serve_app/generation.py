@@ -111,6 +111,7 @@ class Generation:
 
     def __enter__(self) -> "Generation":
         self.times.submitted = time.perf_counter()
+        self._model.metrics.framework.observe(self.times.framework)
         self._model.metrics.record_seconds("framework", self.times.framework)
         if self._model.tracer is not None:
             self._trace_context = self._model.tracer.context()

@@ -41,7 +41,11 @@ def create_http_app(models: Models, stop: Callable[[], None]) -> FastAPI:
         yield
         stop()
 
-    app: FastAPI = FastAPIOffline(title="Manta", redoc_url=None, lifespan=lifespan)
+    # Newer FastAPIs trace by themselves, with the client's span in the place of Serve's as parent.
+    telemetry = {"tracing": False}
+    app: FastAPI = FastAPIOffline(
+        title="Manta", redoc_url=None, lifespan=lifespan, telemetry=telemetry
+    )
     app.state.models = models
     for routes in (chat, completions, tokenize, system):
         app.include_router(routes.router)

@@ -15,6 +15,7 @@ Environ = MutableMapping[str, str]
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is reported to anyone
     "RAY_SERVE_LOG_TO_STDERR": "0",  # Serve's log lines go to its log files only
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # an engine that fetches weights: no loop waits
 }
 VERBOSE = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "1"}
 

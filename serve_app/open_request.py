@@ -6,9 +6,11 @@ with one of its sequences: the request and every token reported so far. Knows no
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+from engine.batcher import queue_full
+from engine.config import EngineConfig
 from engine.errors import EngineDeadError, EngineKilledError
 from engine.outputs import SequenceOutput
 from engine.sequence import EngineRequest
@@ -26,6 +28,7 @@ class OpenRequest:
     """
 
     def __init__(self, request_ids: Sequence[str]) -> None:
+        self.is_waiting = True  # for its first output
         self.unfinished = {request_id: index for index, request_id in enumerate(request_ids)}
         self._outputs: dict[int, SequenceOutput] = {}
         self._error: EngineDeadError | None = None
@@ -43,6 +46,7 @@ class OpenRequest:
         raise self._error
 
     def put(self, output: SequenceOutput) -> None:
+        self.is_waiting = False
         index = self.unfinished[output.request_id]
         if output.finish_reason is not None:
             del self.unfinished[output.request_id]
@@ -101,3 +105,19 @@ class OpenSequence:
             "time nothing else; it is not tried again"
         )
         return SequenceOutput(self.request.request_id, finish_reason="error", error=error)
+
+
+def check_queue(
+    held: Iterable[OpenSequence], requests: Sequence[EngineRequest], config: EngineConfig
+) -> None:
+    """QueueFullError by the batcher's bounds, for what waits while there is no engine."""
+    waiting = [s.request for s in held if not s.in_engine and s.num_deaths == 0]
+    num_tokens = sum(len(request.prompt_token_ids) for request in (*waiting, *requests))
+    error = queue_full(
+        len(waiting) + len(requests) - 1,
+        num_tokens,
+        config.max_waiting_requests,
+        config.max_waiting_tokens,
+    )
+    if error is not None:
+        raise error

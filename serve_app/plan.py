@@ -12,7 +12,7 @@ import torch
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.kv_cache import bytes_per_block
-from engine.models import DecoderSpec, check_tp, resolve_dtype
+from engine.models import DecoderSpec, check_tp, resolve_dtype, stage_layers
 from engine.models.footprint import Footprint, footprint
 from engine.worker import block_size_of, session_limit
 from serve_app.plan_gpus import Memory
@@ -27,7 +27,7 @@ Device: TypeAlias = Literal["cuda", "cpu"]
 
 @dataclass(frozen=True, slots=True)
 class TpPlan:
-    """One tp. Bytes are those of one rank; sequences and tokens/s of one replica."""
+    """One tp. Bytes are of a rank of the fullest stage; sequences and tokens/s of one replica."""
 
     tp: int
     weight_bytes: int  # as this version keeps them
@@ -51,6 +51,7 @@ class Plan:
     memory: Memory
     dtype: torch.dtype
     session_len: int
+    pp: int
     int4: bool
     rows: tuple[TpPlan, ...]
 
@@ -70,39 +71,47 @@ class Planner:
         self._session_len = session_limit(config, spec)
         self._spec, self._config, self._device, self._int4 = spec, config, device, int4
         self._block_size = block_size_of(config, device)
-        self._footprints: dict[tuple[int, bool], Footprint] = {}
+        self._known: dict[tuple[int, bool], list[Footprint]] = {}
 
     def plan(self, memory: Memory, num_gpus: int | None = None) -> Plan:
-        rows = []
-        for tp in range(1, (num_gpus or MAX_TP) + 1):
+        pp, rows = self._config.pp, []
+        for tp in range(1, (num_gpus or MAX_TP) // pp + 1):
             try:
                 check_tp(self._spec, tp)
             except ConfigError:
                 continue
-            num_replicas = None if num_gpus is None else num_gpus // tp
+            num_replicas = None if num_gpus is None else num_gpus // (tp * pp)
             rows.append(self._row(memory, tp, num_replicas))
-        return Plan(self._device, memory, self._dtype, self._session_len, self._int4, tuple(rows))
+        if not rows:
+            raise ConfigError(f"--gpus {num_gpus} are fewer than the {pp} stages of pp")
+        return Plan(
+            self._device, memory, self._dtype, self._session_len, pp, self._int4, tuple(rows)
+        )
 
     def _row(self, memory: Memory, tp: int, num_replicas: int | None) -> TpPlan:
-        sharing = tp if self._device == "cpu" else 1  # ranks in the same memory
-        kept, packed = self._footprint(tp, int4=False), self._footprint(tp, int4=True)
-        weights = packed if self._int4 else kept
-        block_bytes = bytes_per_block(self._spec, self._block_size, self._dtype, tp)
-        free = memory.num_bytes - sharing * (weights.weights + RANK_BYTES)
-        num_blocks = self._num_blocks(free, block_bytes, sharing)
+        """The fullest stage decides; on a CPU all ranks share the memory."""
+        kept, packed = self._footprints(tp, int4=False), self._footprints(tp, int4=True)
+        stages = packed if self._int4 else kept
+        kv = [self._kv_bytes_per_token(tp, stage) for stage in range(self._config.pp)]
+        taken = [stage.weights + RANK_BYTES for stage in stages]
+        if self._device == "cpu":
+            taken = [tp * sum(taken)] * len(taken)
+        free = [memory.num_bytes - each for each in taken]
+        num_blocks = min(map(self._num_blocks, free, kv, [tp] * len(kv)))
         num_sequences = min(self._config.max_num_seqs, num_blocks // self._blocks_per_session)
-        kv_bytes_per_token = block_bytes // self._block_size
-        read = sharing * weights.read_per_step, sharing * kv_bytes_per_token * self._session_len
+        sharing = tp if self._device == "cpu" else 1
+        weights = [sharing * stage.read_per_step for stage in stages]
+        contexts = [sharing * each * self._session_len for each in kv]
         return TpPlan(
             tp=tp,
-            weight_bytes=kept.weights,
-            int4_bytes=packed.weights,
-            kv_bytes_per_token=kv_bytes_per_token,
-            free_bytes=free,
+            weight_bytes=max(stage.weights for stage in kept),
+            int4_bytes=max(stage.weights for stage in packed),
+            kv_bytes_per_token=max(kv),
+            free_bytes=min(free),
             kv_tokens=num_blocks * self._block_size,
             num_sequences=num_sequences,
-            decode_bound=_decode_bound(memory, *read, min(1, num_sequences)),
-            decode_bound_all=_decode_bound(memory, *read, num_sequences),
+            decode_bound=_decode_bound(memory, weights, contexts, min(1, num_sequences)),
+            decode_bound_all=_decode_bound(memory, weights, contexts, num_sequences),
             num_replicas=num_replicas,
         )
 
@@ -110,21 +119,33 @@ class Planner:
     def _blocks_per_session(self) -> int:
         return -(-self._session_len // self._block_size)
 
-    def _footprint(self, tp: int, int4: bool) -> Footprint:
-        if (tp, int4) not in self._footprints:
-            self._footprints[tp, int4] = footprint(
-                self._spec,
-                tp=tp,
-                dtype=self._dtype,
-                device=self._device,
-                session_len=self._session_len,
-                int4=int4,
-            )
-        return self._footprints[tp, int4]
+    def _footprints(self, tp: int, int4: bool) -> list[Footprint]:
+        """Of each stage."""
+        if (tp, int4) not in self._known:
+            self._known[tp, int4] = [
+                footprint(
+                    self._spec,
+                    tp=tp,
+                    dtype=self._dtype,
+                    device=self._device,
+                    session_len=self._session_len,
+                    int4=int4,
+                    stage=stage,
+                    pp=self._config.pp,
+                )
+                for stage in range(self._config.pp)
+            ]
+        return self._known[tp, int4]
 
-    def _num_blocks(self, free: int, block_bytes: int, sharing: int) -> int:
+    def _kv_bytes_per_token(self, tp: int, stage: int) -> int:
+        num_layers = len(stage_layers(self._spec.num_layers, stage, self._config.pp))
+        return bytes_per_block(self._spec, 1, self._dtype, tp, num_layers)
+
+    def _num_blocks(self, free: int, kv_bytes_per_token: int, tp: int) -> int:
         """As Worker counts them when it starts."""
         config = self._config
+        sharing = tp * config.pp if self._device == "cpu" else 1
+        block_bytes = kv_bytes_per_token * self._block_size
         share = config.cache_max_entry_count
         if isinstance(share, int):
             return share if share * block_bytes * sharing <= free else 0
@@ -134,10 +155,22 @@ class Planner:
         return min(budget // block_bytes, config.max_num_seqs * self._blocks_per_session)
 
 
-def _decode_bound(memory: Memory, weights: int, kv: int, num_sequences: int) -> float | None:
-    """Tokens/s of steps that do nothing but read the weights once and each sequence's keys and
-    values: no computation, no communication, the maker's bandwidth.
+def _decode_bound(
+    memory: Memory, weights: list[int], contexts: list[int], num_sequences: int
+) -> float | None:
+    """Tokens/s of steps that do nothing but read a stage's weights once and each sequence's keys
+    and values: no computation, no communication, the maker's bandwidth.
+
+    One sequence passes the stages one after the other. Many are as many batches as there are
+    stages, each of which reads its weights for every batch; the slowest one decides.
     """
     if memory.bandwidth is None or num_sequences == 0:
         return None
-    return num_sequences * memory.bandwidth / (weights + num_sequences * kv)
+    if num_sequences == 1:
+        return memory.bandwidth / (sum(weights) + sum(contexts))
+    num_batches = min(len(weights), num_sequences)
+    reads = (
+        num_batches * each + num_sequences * context
+        for each, context in zip(weights, contexts, strict=True)
+    )
+    return num_sequences * memory.bandwidth / max(reads)

@@ -1,6 +1,5 @@
 """`manta plan`: from the command's words to a plan's text."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.models import load_spec
 from engine.models.footprint import checkpoint_bytes
+from engine.models.hf_config import read_json
 from engine.models.spec import DecoderSpec
 from engine.weights.checkpoint import INDEX_FILE
 from engine.worker import free_memory
@@ -75,7 +75,7 @@ def _stored_bytes(path: Path, spec: DecoderSpec) -> int:
     files = [file.stat().st_size for file in path.glob("*.safetensors")]
     index = path / INDEX_FILE
     if index.is_file():
-        total = json.loads(index.read_text()).get("metadata", {}).get("total_size")
-        if isinstance(total, int):
-            return total
+        metadata = read_json(index).get("metadata")
+        if isinstance(metadata, dict) and isinstance(metadata.get("total_size"), int):
+            return int(metadata["total_size"])
     return sum(files) or checkpoint_bytes(spec)

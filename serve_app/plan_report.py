@@ -19,6 +19,7 @@ def to_json(model: str, checkpoint_bytes: int, plan: Plan) -> str:
             "memory": asdict(plan.memory),
             "dtype": _dtype(plan),
             "session_len": plan.session_len,
+            "pp": plan.pp,
             "int4": plan.int4,
             "best_tp": plan.best.tp if plan.best else None,
             "plans": [asdict(row) | {"fits": row.fits} for row in plan.rows],
@@ -37,7 +38,8 @@ def to_text(model: str, spec: DecoderSpec, checkpoint_bytes: int, plan: Plan) ->
             f"{model}: {spec.num_layers} layers, {spec.num_heads} heads on {spec.num_kv_heads}, "
             f"{form}; {_size(checkpoint_bytes)} on disk",
             f"{plan.memory.name}: {_size(plan.memory.num_bytes)}{speed}; context "
-            f"{plan.session_len} tokens, computing in {_dtype(plan)}",
+            f"{plan.session_len} tokens, computing in {_dtype(plan)}"
+            + (f", {plan.pp} stages of tp ranks each" if plan.pp > 1 else ""),
             "",
             *_aligned([_header(plan), *(_cells(plan, row) for row in plan.rows)]),
             "",

@@ -82,7 +82,7 @@ class _Replica:
         stats = self._own.stats
         # What this replica sent there, or what others did as well: theirs is seen in the engine.
         num_open = max(self._own.num_open, stats.num_running + stats.num_waiting)
-        return asdict(self._meter.read(stats, num_open, time.time()))
+        return asdict(self._meter.read(stats, num_open, time.monotonic()))
 
     @property
     def _own(self) -> AsyncEngine:

@@ -15,7 +15,7 @@ AUTOSCALING: dict[str, Any] = {
     "metrics_interval_s": 0.2,
     "look_back_period_s": 0.5,
     "upscale_delay_s": 0,
-    "downscale_delay_s": 30,
+    "downscale_delay_s": 60,
     "downscale_to_zero_delay_s": 300,
     "policy": {"policy_function": POLICY},
 }

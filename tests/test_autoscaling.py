@@ -19,6 +19,7 @@ import serve_app.autoscaling
 from engine.errors import ConfigError
 from engine.outputs import EngineStats
 from serve_app.autoscaling import (
+    LEAST_SHARE,
     QueueDepthPolicy,
     QueueDepthSettings,
     ReplicaLoad,
@@ -30,10 +31,8 @@ from serve_app.launch_plan import make_plan
 from serve_app.replica_count import AUTOSCALING
 from serve_app.serve_schema import to_schema
 
-SETTINGS = QueueDepthSettings(drain_s=2.0, utilization=0.7)
-IDLE = ReplicaLoad(
-    running=0, waiting=0, waiting_tokens=0, oldest_waiting_s=0.0, slots=4, kv_cache_usage=0.0
-)
+SETTINGS = QueueDepthSettings(utilization=0.7, drain_s=10.0)
+IDLE = ReplicaLoad(running=0, waiting=0, waiting_tokens=0, slots=4, arrived_per_s=0.0)
 
 
 def load(running: float, waiting: float = 0, **values: float) -> ReplicaLoad:
@@ -49,117 +48,120 @@ def desired(*loads: ReplicaLoad, target: int | None = None, **more: Any) -> int:
 
 AMOUNT = st.integers(0, 300)
 LOAD = st.builds(
-    lambda slots, busy, waiting, tokens, age, kv, rate, token_rate: ReplicaLoad(
+    lambda slots, busy, waiting, tokens, arrived, drained, prompt: ReplicaLoad(
         running=round(slots * busy),
         waiting=waiting,
         waiting_tokens=waiting * tokens,
-        oldest_waiting_s=age if waiting else 0.0,
         slots=slots,
-        kv_cache_usage=kv * busy,
-        drained_per_s=rate,
-        drained_tokens_per_s=token_rate,
+        arrived_per_s=arrived,
+        drained_per_s=drained,
+        drained_tokens_per_s=drained * prompt,
     ),
     slots=st.integers(1, 256),
     busy=st.floats(0, 1),
     waiting=AMOUNT,
     tokens=st.integers(1, 5000),
-    age=st.floats(0, 100),
-    kv=st.floats(0, 1),
-    rate=st.floats(0, 100),
-    token_rate=st.floats(0, 50_000),
+    arrived=st.floats(0, 100),
+    drained=st.floats(0, 100),
+    prompt=st.floats(0, 5000),
 )
 LOADS = st.lists(LOAD, min_size=1, max_size=5)
 TARGET = st.integers(1, 20)
-SETTLED = st.sampled_from([0.0, 3.0, math.inf])
 
 
-@given(LOADS, TARGET, AMOUNT, SETTLED)
+@given(LOADS, TARGET, AMOUNT, st.booleans())
 def test_constant_load_moves_the_target_once(
-    loads: list[ReplicaLoad], target: int, held: int, settled_s: float
+    loads: list[ReplicaLoad], target: int, held: int, loading: bool
 ) -> None:
     """Whatever was decided is decided again: no flapping, and no climb while replicas load."""
-    first = desired_replicas(loads, SETTINGS, target=target, held=held, settled_s=settled_s)
-    again = desired_replicas(loads, SETTINGS, target=first, held=held, settled_s=settled_s)
+    first = desired_replicas(loads, SETTINGS, target=target, held=held, loading=loading)
+    again = desired_replicas(loads, SETTINGS, target=first, held=held, loading=loading)
     assert again == first
+    assert desired_replicas(loads, SETTINGS, target=first, held=held, loading=True) <= first
 
 
-@given(LOADS, TARGET, AMOUNT, SETTLED, st.integers(1, 50))
+@given(LOADS, TARGET, AMOUNT, st.booleans(), st.integers(1, 50))
 def test_more_load_never_asks_for_fewer(
-    loads: list[ReplicaLoad], target: int, held: int, settled_s: float, added: int
+    loads: list[ReplicaLoad], target: int, held: int, loading: bool, added: int
 ) -> None:
-    fewer = desired_replicas(loads, SETTINGS, target=target, held=held, settled_s=settled_s)
-    for more in (held + added, held):
-        busier = loads
-        if more == held:
-            first = loads[0]
-            busier = [replace(first, waiting=first.waiting + added), *loads[1:]]
-        assert fewer <= desired_replicas(
-            busier, SETTINGS, target=target, held=more, settled_s=settled_s
+    number = desired_replicas(loads, SETTINGS, target=target, held=held, loading=loading)
+    first = loads[0]
+    busier = replace(first, waiting=first.waiting + added)
+    more = replace(first, arrived_per_s=first.arrived_per_s + added)
+    for others in ([busier, *loads[1:]], [more, *loads[1:]]):
+        assert number <= desired_replicas(
+            others, SETTINGS, target=target, held=held, loading=loading
         )
-
-
-@given(LOADS, TARGET, SETTLED)
-def test_what_is_open_bounds_the_number(
-    loads: list[ReplicaLoad], target: int, settled_s: float
-) -> None:
-    """None for nothing, and no more than one for each sequence."""
-    number = desired_replicas(loads, SETTINGS, target=target, settled_s=settled_s)
-    num_open = sum(each.running + each.waiting for each in loads)
-    assert (number > 0) == (num_open > 0)
-    assert number <= max(num_open / SETTINGS.utilization + 1, 0)
-
-
-@given(LOADS, SETTLED, st.floats(1.0, 50.0))
-def test_patience_never_asks_for_more(
-    loads: list[ReplicaLoad], settled_s: float, longer: float
-) -> None:
-    patient = replace(SETTINGS, drain_s=SETTINGS.drain_s * longer)
-    assert desired_replicas(loads, patient, target=1, settled_s=settled_s) <= desired_replicas(
-        loads, SETTINGS, target=1, settled_s=settled_s
+    assert number <= desired_replicas(
+        loads, SETTINGS, target=target, held=held + added, loading=loading
     )
 
 
-def test_a_queue_is_answered_in_one_jump() -> None:
+@given(LOADS, TARGET, st.booleans())
+def test_what_is_open_bounds_the_number(
+    loads: list[ReplicaLoad], target: int, loading: bool
+) -> None:
+    """None for nothing, and no more than use an eighth of their slots."""
+    number = desired_replicas(loads, SETTINGS, target=target, loading=loading)
+    num_open = sum(each.running + each.waiting for each in loads)
+    slots = sum(each.slots for each in loads) / len(loads)
+    assert number <= math.ceil(num_open / max(1.0, LEAST_SHARE * slots))
+    if not any(each.drained_per_s for each in loads):
+        assert (number > 0) == (num_open > 0)
+
+
+@given(LOADS, st.booleans(), st.floats(1.0, 50.0))
+def test_patience_never_asks_for_more(
+    loads: list[ReplicaLoad], loading: bool, longer: float
+) -> None:
+    patient = replace(SETTINGS, drain_s=SETTINGS.drain_s * longer)
+    assert desired_replicas(loads, patient, target=1, loading=loading) <= desired_replicas(
+        loads, SETTINGS, target=1, loading=loading
+    )
+
+
+def test_before_anything_is_measured_open_sequences_are_counted_against_slots() -> None:
     assert desired(load(4, 20)) == 6
     assert desired(load(4, 20), held=8) == 8
-    assert desired(load(4, 20), load(4, 20), target=2) == 12
+    assert desired(load(4, 20), load(4, 20)) == 12
+    assert desired(IDLE, IDLE) == 0
+    large = [load(each, slots=256) for each in (30, 20, 10)]
+    assert desired(*large) == 2  # who knows what a slot is good for
+
+
+def test_what_arrives_is_counted_against_what_a_replica_drains() -> None:
+    full = load(4, 20, arrived_per_s=34, drained_per_s=10)
+    assert desired(full) == 5  # 34 / 8.5, and a fifth of a replica for the queue
+    assert desired(full, loading=True) == 4  # what comes takes care of that
+    assert desired(*[load(4, arrived_per_s=8, drained_per_s=10)] * 2) == 2  # 80 %
+    assert desired(*[load(4, arrived_per_s=9, drained_per_s=10)] * 2) == 3
+    assert desired(*[load(3, arrived_per_s=5, drained_per_s=10)] * 3) == 3  # 75 % of two
+    assert desired(*[load(3, arrived_per_s=4, drained_per_s=10)] * 3) == 2
+
+
+def test_the_fastest_replica_shows_what_each_can_drain() -> None:
+    fast, filled = load(4, 9, drained_per_s=10), load(4, 9, drained_per_s=0.1)
+    assert desired(replace(fast, arrived_per_s=17), filled) == 3
+    assert desired(filled, replace(fast, arrived_per_s=17)) == 3
+
+
+def test_long_prompts_count_for_more_than_one() -> None:
+    values = {"arrived_per_s": 8, "drained_per_s": 10, "drained_tokens_per_s": 1000}
+    assert desired(load(4, 5, waiting_tokens=500, **values)) == 1
+    assert desired(load(4, 5, waiting_tokens=50_000, **values)) == 6
+
+
+def test_too_many_are_too_many_whatever_was_measured() -> None:
+    """A mix of long requests that is gone, or a replica measured as it had just filled."""
+    values = {"slots": 256, "arrived_per_s": 10, "drained_per_s": 0.5}
+    assert desired(load(40, **values)) == 2
 
 
 def test_replicas_that_load_count() -> None:
-    assert desired(load(4, 20), target=6, settled_s=0.0) == 6
+    assert desired(load(4, 20), target=6, loading=True) == 6
     assert desired(target=3, held=5) == 3  # the first ones load
     assert desired(target=0, held=5) == 1  # Serve wakes the first one itself
     assert desired(target=0) == 0
-
-
-def test_a_queue_that_drains_in_time_asks_for_none() -> None:
-    assert desired(load(4, 20, drained_per_s=10)) == 1  # 4 + 2 s × 10 take in all 24
-    assert desired(load(4, 21, drained_per_s=10)) == 2
-    tokens = {"waiting_tokens": 40_000, "drained_tokens_per_s": 5_000}
-    assert desired(load(4, 20, drained_per_s=10, **tokens)) == 4
-    assert desired(load(4, 2, drained_per_s=10, **tokens)) == 2  # a prompt is not split
-
-
-def test_a_wait_that_is_too_long_overrules_what_was_measured() -> None:
-    late = load(4, 20, drained_per_s=10, oldest_waiting_s=2.5)
-    assert desired(late) == 6
-    assert desired(late, settled_s=2.0) == 1  # it began before the last replica came
-    # Two run where four could: what is short is not slots.
-    assert desired(load(2, 6, oldest_waiting_s=2.5)) == 4
-
-
-def test_fewer_replicas_have_room_to_spare() -> None:
-    assert desired(load(2), load(1), target=2) == 2  # 3 of 4 slots would be 75 %
-    assert desired(load(1), load(1), target=2) == 1
-    full = load(1, kv_cache_usage=0.9)  # nor do two of these fit one KV cache
-    assert desired(full, full, target=2) == 2
-    assert desired(IDLE, IDLE, target=2) == 0
-
-
-def test_a_number_to_run_on_each_may_be_set() -> None:
-    settings = replace(SETTINGS, running_per_replica=2)
-    assert desired(load(4), settings=settings) == 2
-    assert desired(load(4), settings=replace(SETTINGS, running_per_replica=99)) == 1
 
 
 # -- the policy in Serve's hands ----------------------------------------------------------------
@@ -215,9 +217,10 @@ def test_up_at_once_and_not_again_while_they_load() -> None:
 def test_a_lull_does_not_decide_a_scale_down() -> None:
     controller = Controller(downscale_delay_s=10)
     controller.run(1, lambda _: load(4, 16), running=1)
-    assert set(controller.run(5, lambda _: load(2), running=5)) == {5}
+    needs_four = load(1, arrived_per_s=2.5, drained_per_s=5)
+    assert set(controller.run(5, lambda _: needs_four, running=5)) == {5}
     assert set(controller.run(4, lambda _: IDLE, running=5)) == {5}
-    assert controller.run(1.5, lambda _: load(1), running=5)[-1] == 4  # 10 of 16 slots, not 5
+    assert controller.run(1.5, lambda _: needs_four, running=5)[-1] == 4
 
 
 def test_load_that_comes_and_goes_within_the_delay_keeps_its_replicas() -> None:
@@ -251,32 +254,44 @@ def test_the_controller_imports_nothing_of_ours() -> None:
 # -- what a replica reports ---------------------------------------------------------------------
 
 
-def test_a_meter_measures_while_sequences_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 50.0
-    monkeypatch.setattr("serve_app.autoscaling_stats.time.monotonic", lambda: now)
+def test_a_meter_measures_what_arrives_and_what_ends_while_sequences_wait() -> None:
     meter = LoadMeter(slots=4)
-    for step in range(1, 31):
-        now += 0.1
+    for step in range(1, 301):
         stats = EngineStats(
             num_running=4,
-            num_waiting=3,
-            num_waiting_tokens=60,
+            num_waiting=step,
+            num_waiting_tokens=20 * step,
             oldest_waiting_s=0.7,
             num_admitted=2 * step,
             num_prompt_tokens=40 * step,
             num_steps=step,
         )
-        read = meter.read(stats, 9, now)
-        if step == 5:
+        read = meter.read(stats, step + 6, now=50 + step / 10)
+        if step == 15:
             assert (read.drained_per_s, read.drained_tokens_per_s) == (0, 0)  # too early to tell
     assert read.drained_per_s == pytest.approx(20)
     assert read.drained_tokens_per_s == pytest.approx(400)
-    assert (read.running, read.waiting, read.waiting_tokens, read.slots) == (4, 5, 60, 4)
-    assert read.oldest_waiting_s == 0.7
-    now += 60  # idle, then another engine, which counts from zero
-    for num_steps, num_waiting in ((40, 0), (1, 3)):
-        stats = EngineStats(num_steps=num_steps, num_waiting=num_waiting)
-        assert meter.read(stats, 0, now).drained_per_s == pytest.approx(20)
+    assert read.arrived_per_s == pytest.approx(30, rel=0.01)
+    assert (read.running, read.waiting, read.waiting_tokens, read.slots) == (4, 302, 6000, 4)
+    # Idle for a minute, then another engine, which counts from zero: what was measured holds.
+    assert meter.read(EngineStats(num_steps=400), 0, 140.0).drained_per_s == read.drained_per_s
+    another = meter.read(EngineStats(num_steps=1, num_waiting=3, oldest_waiting_s=1), 0, 140.1)
+    assert another.drained_per_s == read.drained_per_s
+    assert meter.read(EngineStats(num_steps=2), 0, 900.0).drained_per_s == 0  # too long ago
+
+
+def test_a_meter_ignores_slots_that_fill() -> None:
+    meter = LoadMeter(slots=256)
+    for step in range(1, 41):
+        stats = EngineStats(
+            num_running=6 * step,
+            num_waiting=10,
+            oldest_waiting_s=0.7,
+            num_admitted=7 * step,
+            num_steps=step,
+        )
+        read = meter.read(stats, 300, now=step / 10)
+    assert read.drained_per_s == pytest.approx(10)
 
 
 # -- settings -----------------------------------------------------------------------------------

@@ -294,7 +294,6 @@ def _ours(**settings: object) -> Callable[[dict[str, Any]], object]:
         (_ours(drain=1), "policy.policy_kwargs.drain; did you mean 'drain_s'?"),
         (_ours(drain_s=0), "policy_kwargs: drain_s must be a number of seconds above 0, got 0"),
         (_ours(utilization=True), "utilization must be a share above 0 and at most 1, got True"),
-        (_ours(running_per_replica=0), "running_per_replica must be an integer of at least 1"),
     ],
 )
 def test_a_mistake_in_serve_config_is_said_in_one_line(

@@ -1,6 +1,7 @@
 """The RayService manifest: its shape, its Serve config, and an environment that is ours."""
 
 import os
+import subprocess
 from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from engine.config import EngineConfig
 from serve_app import launch_env
 from serve_app.app_args import AppArgs
+from serve_app.cli import app
 from serve_app.serve_schema import to_schema
 from tests.kuberay_schema import RAY_SERVICE
 
@@ -98,13 +101,23 @@ def test_every_pod_has_our_environment(manifest: dict[str, Any]) -> None:
         assert all(given[name] == expected[name] for name in given.keys() - paths)
 
 
+def test_manta_env_is_for_a_shell() -> None:
+    text = CliRunner().invoke(app, ["env"]).output
+    shell = subprocess.run(
+        ["sh", "-c", f"{text}\nenv"], env={}, check=True, capture_output=True, text=True
+    )
+    assert set(shell.stdout.splitlines()) >= {
+        f"{name}={value}" for name, value in launch_env.node_environment().items()
+    }
+
+
 def test_its_numbers_agree(manifest: dict[str, Any]) -> None:
     cluster = manifest["spec"]["rayClusterConfig"]
-    (app,) = serve_config(manifest)["applications"]
-    (deployment,) = app["deployments"]
+    (application,) = serve_config(manifest)["applications"]
+    (deployment,) = application["deployments"]
     (workers,) = cluster["workerGroupSpecs"]
     scaling = deployment["autoscaling_config"]
-    engine = EngineConfig.from_dict(app["args"]["engine"])
+    engine = EngineConfig.from_dict(application["args"]["engine"])
     gpus = int(workers["template"]["spec"]["containers"][0]["resources"]["limits"][GPU])
     assert cluster["rayVersion"] == version("ray")
     assert scaling["max_replicas"] == workers["maxReplicas"] * gpus // engine.num_ranks

@@ -91,6 +91,22 @@ def test_weights_of_each_of_two_ranks(name: str) -> None:
         assert predicted == loaded + 2 * CONTEXT * spec.head_dim * FP32.itemsize
 
 
+@pytest.mark.parametrize("name", ["llama", "tied", "awq"])
+def test_weights_of_each_stage(name: str) -> None:
+    model = MODELS[name]()
+    spec = load_spec(model.path)
+    for stage in range(2):
+        with Checkpoint(model.path) as checkpoint:
+            shard = Shard.of(spec, 0, 1, stage, 2)
+            loaded = num_bytes(
+                dict(RankWeights(checkpoint, spec, shard, FP32, "cpu", False)), set()
+            )
+        predicted = footprint(
+            spec, tp=1, dtype=FP32, device="cpu", session_len=CONTEXT, stage=stage, pp=2
+        )
+        assert predicted.weights == loaded + 2 * CONTEXT * spec.head_dim * FP32.itemsize
+
+
 def test_gpus_keep_int4_dequantised_today() -> None:
     """As float32 does on a CPU, which the test above has loaded; a GPU in 16 bits takes half."""
     spec = load_spec(MODELS["awq"]().path)
@@ -154,6 +170,24 @@ def test_the_bound_is_bandwidth_over_bytes_read() -> None:
     kv = CONTEXT * plan.kv_bytes_per_token
     assert plan.decode_bound == 1e9 / (read + kv)
     assert plan.decode_bound_all == 4e9 / (read + 4 * kv)
+
+
+def test_the_fullest_stage_decides() -> None:
+    path = tiny_model("llama", num_hidden_layers=3).path
+    spec, memory = load_spec(path), Memory("gpu", 2 * RANK_BYTES, 1e9)
+    config = EngineConfig(model=str(path), max_num_seqs=4, dtype="float32", pp=2)
+    (plan,) = Planner(spec, config, "cuda").plan(memory, num_gpus=2).rows
+    stages = [
+        footprint(spec, tp=1, dtype=FP32, device="cuda", session_len=CONTEXT, stage=stage, pp=2)
+        for stage in range(2)
+    ]
+    assert plan.num_replicas == 1
+    assert plan.weight_bytes == max(stage.weights for stage in stages)
+    assert plan.kv_bytes_per_token == 2 * bytes_per_block(spec, 1, FP32, 1) / 3
+    kv = CONTEXT * bytes_per_block(spec, 1, FP32, 1)
+    assert plan.decode_bound == 1e9 / (sum(stage.read_per_step for stage in stages) + kv)
+    assert plan.decode_bound_all is not None
+    assert plan.decode_bound_all > plan.decode_bound
 
 
 def test_ranks_of_a_cpu_share_its_memory_and_gpus_do_not() -> None:

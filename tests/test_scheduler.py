@@ -13,7 +13,7 @@ from engine.engine import Engine
 from engine.errors import InvalidRequestError, LogitsError
 from engine.outputs import SequenceOutput
 from engine.sampling_params import SamplingParams
-from engine.scheduler import ScheduledBatch
+from engine.scheduled_batch import ScheduledBatch
 from engine.sequence import EngineRequest
 from tests.scripted_executor import ScriptedExecutor, next_token
 

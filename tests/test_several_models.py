@@ -1,7 +1,5 @@
 """Two models and two replicas behind one address, under Serve, with replicas killed in between."""
 
-import os
-import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,9 +9,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import ray
 from ray import serve
 from ray.serve import Application
-from ray.util.state import list_actors
+from ray.serve._private.common import DeploymentID, ReplicaID
+from ray.serve._private.constants import SERVE_NAMESPACE
 
 from serve_app.app import build_app
 from serve_app.app_args import AppArgs
@@ -52,7 +52,9 @@ def url(base_url: str, tiny_checkpoint: Path, other_checkpoint: Path) -> Iterato
     (other,) = app._bound_deployment.init_args[2]
     scaled = other._bound_deployment.options(autoscaling_config=SCALING)
     first, specs, _ = app._bound_deployment.init_args
-    front = app._bound_deployment.options(_init_args=(first, specs, [Application(scaled)]))
+    front = app._bound_deployment.options(
+        num_replicas=2, _init_args=(first, specs, [Application(scaled)])
+    )
     serve.run(Application(front), name=APP, route_prefix=f"/{APP}")
     yield f"{base_url}/{APP}"
     serve.delete(APP)
@@ -97,14 +99,25 @@ def test_a_model_without_replicas_answers_from_its_own_weights(
     assert ask(url, "org/other")["choices"] == answers[1]["choices"]
 
 
-def replica_pid(deployment: str) -> int:
-    (actor,) = [
-        each
-        for each in list_actors(filters=[("state", "=", "ALIVE")])
-        if f"{APP}#{deployment}#" in (each.name or "")
-    ]
-    assert actor.pid is not None
-    return actor.pid
+def test_a_beginning_is_found_whichever_replica_a_request_reaches(url: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    found = [0]
+    while min(found) < 192:  # the first replica may not have heard of the second yet
+        assert time.monotonic() < deadline, found
+        fields = {"prompt": "a" * 200, "cache_salt": str(deadline - time.monotonic())}
+        ask(url, "first", max_tokens=1, **fields)
+        time.sleep(1.2)  # until it is told
+        with ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(ask, url, "first", max_tokens=1, **fields) for _ in range(8)]
+        usages = [each.result()["usage"] for each in asked]
+        found = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
+
+
+def kill_replica(deployment: str) -> None:
+    handle: Any = serve.get_deployment_handle(deployment, APP)
+    entry = handle.attach.remote().result(timeout_s=PATIENCE_S)
+    replica = ReplicaID(entry.replica_id, DeploymentID(deployment, APP))
+    ray.kill(ray.get_actor(replica.to_full_id_str(), SERVE_NAMESPACE))
 
 
 def test_streams_of_the_other_model_outlive_its_replica(url: str) -> None:
@@ -114,7 +127,7 @@ def test_streams_of_the_other_model_outlive_its_replica(url: str) -> None:
             pool.submit(ask, url, "org/other", seed=i, temperature=i % 2, cache_salt="again")
             for i in range(8)
         ]
-        os.kill(replica_pid("org-other"), signal.SIGKILL)
+        kill_replica("org-other")
         assert not all(each.done() for each in asking), "too late"
         assert [each.result()["choices"] for each in asking] == undisturbed
 

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from engine.models.layout import expected_tensors
 from engine.models.rank_weights import RankWeights
 from engine.models.rope import rotary_table
-from engine.models.sharding import Shard, check_tp
+from engine.models.sharding import Shard, check_pp, check_tp
 from engine.models.spec import DecoderSpec
 from engine.weights.checkpoint import ALL, Checkpoint
 from engine.weights.stored import Int4Matrix, Piece
@@ -28,7 +28,7 @@ Shape: TypeAlias = tuple[int, int, int]  # inputs, outputs, group size
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Bytes on each rank; all ranks hold the same."""
+    """Bytes on each rank of a stage."""
 
     weights: int  # with the table of rotary angles
     read_per_step: int  # of them, what a decode step of few rows reads
@@ -42,22 +42,25 @@ def footprint(
     device: str,
     session_len: int,
     int4: bool = False,
+    stage: int = 0,
+    pp: int = 1,
 ) -> Footprint:
-    """`int4`: int4 linears in 4 bits and not as `device` keeps them today.
+    """Of a rank of one stage. `int4`: int4 linears in 4 bits and not as `device` keeps them today.
 
     On the CPU the packing is that of this machine's instructions. A tied head that is stored all
     the same counts as equal to the embedding.
     """
     check_tp(spec, tp)
+    check_pp(spec, pp)
     kind = _Int4Rank if int4 else _Rank
-    shapes, shard = cast(Checkpoint, _Shapes(spec)), Shard.of(spec, 0, tp)
+    shapes, shard = cast(Checkpoint, _Shapes(spec)), Shard.of(spec, 0, tp, stage, pp)
     with torch.device("meta"), _NoMemory():
         weights = kind(shapes, spec, shard, dtype, device, int8_activations=False)
         values = dict(weights)
     sizes = {name: _num_bytes(value) for name, value in values.items()}
     reads = {name: _num_bytes(_decoding_part(value)) for name, value in values.items()}
-    if "head" in sizes:
-        del reads["embed"]  # a few rows of it
+    if "head" in sizes or not shard.is_last:
+        reads.pop("embed", None)  # a few rows of it
     elif device == "cpu" and dtype == torch.bfloat16 and multiplies_bf16():
         sizes["head"] = sizes["embed"]  # a copy in oneDNN's layout
     total = sum(sizes.values())

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeAlias, TypeVar
 
 from engine.weights.ahead import ahead
-from engine.weights.cache_entry import CacheEntry, Key, crc32_of
+from engine.weights.cache_entry import CacheEntry, Key, crc32_of, sync_some
 from engine.weights.own_directory import check_owner, create_own
 from engine.weights.packed_file import Packed, PackedWriter, map_packed
 from engine.weights.peers import Parcel, PeerError, Peers, receive
@@ -136,10 +136,11 @@ def _map_in_memory(parcel: Parcel) -> Mapping[str, Packed]:
 
 
 def _pack(file: BinaryIO, make: Make) -> int:
-    writer = PackedWriter(file)
+    writer, synced = PackedWriter(file), 0
     # Writing 1 GB takes as long as packing it; the two use different parts of the machine.
     for name, value in ahead(iter(make())):
         writer.add(name, value)
+        synced = sync_some(file, synced)
     writer.finish()
     file.flush()
     return crc32_of(file)

@@ -32,8 +32,9 @@ Fill: TypeAlias = Callable[[BinaryIO], int]  # writes the content, returns its C
 CHUNK = 1 << 22  # bytes read at once for a sum
 POLL_S = 0.02  # between two tries for a lock that somebody holds
 NAME_HOLDER_AFTER_S = 5.0
-# A maker writes a weight every few ms, and syncs at the end, 1 s per GB on a disk of this kind.
+# A maker writes a weight every few ms, and stops for a sync of at most SYNC_BYTES.
 STALLED_AFTER_S = 120.0
+SYNC_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +225,17 @@ def crc32_of(file: BinaryIO) -> int:
     while chunk := file.read(CHUNK):
         value = zlib.crc32(chunk, value)
     return value
+
+
+def sync_some(file: BinaryIO, synced: int) -> int:
+    """Sync what was written since `synced` bytes were, if that is much; returns how many are now.
+
+    A single sync of a large file could take longer than a maker may be seen to do nothing.
+    """
+    if file.tell() - synced < SYNC_BYTES:
+        return synced
+    _sync(file)
+    return file.tell()
 
 
 def _sync(file: BinaryIO) -> None:

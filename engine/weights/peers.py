@@ -15,7 +15,7 @@ from typing import BinaryIO, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.weights.cache_entry import Key, Manifest
+from engine.weights.cache_entry import Key, Manifest, sync_some
 from engine.weights.origin import Origin
 
 Piece: TypeAlias = NDArray[np.uint8]
@@ -58,11 +58,12 @@ class Peers(Protocol):
 
 def receive(parcel: Parcel, file: BinaryIO) -> int:
     """Write the parcel's bytes; returns their CRC. PeerError unless they are what was made."""
-    size = crc32 = 0
+    size = crc32 = synced = 0
     for piece in parcel.pieces:
         file.write(piece.data)
         size += piece.nbytes
         crc32 = zlib.crc32(piece.data, crc32)
+        synced = sync_some(file, synced)
     if (size, crc32) != (parcel.manifest.size, parcel.manifest.crc32):
         raise PeerError(
             f"{size} bytes with the sum {crc32:08x} came; {parcel.manifest.size} with "
