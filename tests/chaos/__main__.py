@@ -61,6 +61,7 @@ async def _run(args: argparse.Namespace, directory: Path, run_dir: Path) -> dict
     load = Load(site.url, make_bodies("tiny", 12, max_tokens=300), args.clients)
     await load.ask_oracle()
     asking = asyncio.ensure_future(load.run(rng))
+    await asyncio.sleep(1)  # until streams are open
     happened: list[str] = []
     started = time.monotonic()
     failure = ""
