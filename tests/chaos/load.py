@@ -64,7 +64,7 @@ class Load:
         """The answers while nothing is disturbed.
 
         A draw next to the border between two tokens may fall either way with the rows of a step,
-        also in float32 (once in 40,000 without top_k): what is not the same alone is not asked for.
+        also in float32: what is not the same alone is not asked for.
         """
         together = await asyncio.gather(*map(self._ask, self._bodies))
         alone = [await self._ask(body) for body in self._bodies]
