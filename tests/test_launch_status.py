@@ -124,6 +124,7 @@ def test_what_ray_raises_becomes_one_line(
         raise error
 
     monkeypatch.setattr(cluster, "start", start)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)  # the session's cluster goes on
     monkeypatch.setattr(signal, "signal", lambda signum, handler: None)
     with pytest.raises(LaunchError, match=f"^Ray failed: {reason}; its logs are in /"):
         launch.run(make_plan(), address=None, dashboard=False, verbose=False, started=0.0)
