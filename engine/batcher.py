@@ -94,7 +94,11 @@ class RequestBatcher:
             self._on_output({consumer})
 
     def abort(self, request_ids: Sequence[str], *, consumer: str = OWNER) -> None:
-        """End these requests before the next step; they report nothing more."""
+        """End these requests before the next step; they report nothing more.
+
+        An abort may overtake its submission, which has more to carry: such a one is dropped when
+        it comes. Ids must not be used twice.
+        """
         with self._changed:
             self._inbox.append(partial(self._abort, request_ids, consumer))
             self._changed.notify()
@@ -168,8 +172,8 @@ class RequestBatcher:
         return True
 
     def _add(self, request: EngineRequest, consumer: str) -> None:
-        if consumer not in self._outboxes:
-            return  # it has left meanwhile
+        if not self._outboxes.expects(request.request_id, consumer):
+            return
         try:
             self._engine.add(request)
         except InvalidRequestError as error:

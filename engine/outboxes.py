@@ -7,12 +7,15 @@ engine, thread or process: the batcher guards it.
 from engine.outputs import SequenceOutput
 
 OWNER = "owner"  # the consumer that started the engine, and which is always there
+MAX_CLOSED_EARLY = 4096  # at most so many are on their way; 1 MB
 
 
 class Outboxes:
     def __init__(self) -> None:
         self._outboxes: dict[str, dict[str, SequenceOutput]] = {OWNER: {}}
         self._consumers: dict[str, str] = {}  # request id of an open sequence → its consumer
+        # Consumer and id of what was not open when it was closed: ended, or still to come.
+        self._closed_early: dict[tuple[str, str], bool] = {}
 
     def __contains__(self, consumer: str) -> bool:
         return consumer in self._outboxes
@@ -28,12 +31,24 @@ class Outboxes:
             del self._consumers[request_id]
         return left
 
+    def expects(self, request_id: str, consumer: str) -> bool:
+        """Whether the consumer is here and has not closed this sequence before it came."""
+        was_closed = self._closed_early.pop((consumer, request_id), False)
+        return consumer in self._outboxes and not was_closed
+
     def open(self, request_id: str, consumer: str) -> None:
         """Outputs of this sequence belong to `consumer` until it ends."""
         self._consumers[request_id] = consumer
 
     def close(self, request_id: str, consumer: str) -> bool:
-        """End a sequence; what it reported is dropped. False when it is not this consumer's."""
+        """End a sequence; what it reported is dropped. False when it is not this consumer's.
+
+        One that has not come yet is not expected any more.
+        """
+        if request_id not in self._consumers:
+            self._closed_early[consumer, request_id] = True
+            if len(self._closed_early) > MAX_CLOSED_EARLY:
+                del self._closed_early[next(iter(self._closed_early))]
         if self._consumers.get(request_id) != consumer:
             return False
         del self._consumers[request_id]

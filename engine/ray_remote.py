@@ -32,7 +32,8 @@ class RemoteGroup(EngineGroup):
     def __init__(self, engine: EngineRef) -> None:
         super().__init__([engine.rank_0], engine.info)
         self.consumer = uuid4().hex
-        # No answer is awaited: calls reach an actor in the order they are made.
+        # No answer is awaited: calls of a few bytes, as this one, are not overtaken. If it were,
+        # the first call would fail, and with it this engine, for this replica alone.
         engine.rank_0.enter.remote(self.consumer)
 
     def stop(self) -> None:

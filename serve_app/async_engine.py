@@ -248,8 +248,10 @@ class AsyncEngine:
             self._loop.call_soon(self._send)
 
     def _send(self) -> None:
-        """Hand over what this tick collected. Calls reach the actor in the order they are made.
+        """Hand over what this tick collected.
 
+        Arguments beyond 100 KB travel through the object store, so that an abort may be there
+        before its submission; the engine's batcher knows how to take that.
         Without a group, or beside a suspect, new sequences wait for _submit_waiting.
         """
         aborts, self._aborts = self._aborts, []

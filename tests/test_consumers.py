@@ -100,6 +100,21 @@ def test_an_id_that_left_can_come_again_at_once(consumers: Consumers) -> None:
     assert consumers.take("after", "x")["x"].token_ids == expected([4], 20)
 
 
+def test_an_abort_may_overtake_its_submission(
+    consumers: Consumers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ray's calls do: large arguments take another way. It holds for its consumer alone."""
+    monkeypatch.setattr("engine.outboxes.MAX_CLOSED_EARLY", 2)
+    consumers.batcher.enter("a")
+    consumers.batcher.abort(["forgotten", "x", "y"], consumer="a")
+    consumers.batcher.submit([request("x", [1], max_tokens=100)], consumer="a")
+    consumers.batcher.submit([request("y", [2], max_tokens=5)])
+    consumers.batcher.submit([request("forgotten", [3], max_tokens=5)], consumer="a")
+    consumers.take(OWNER, "y")
+    assert consumers.take("a", "forgotten").keys() == {"forgotten"}
+    assert not consumers.engine.has_work
+
+
 def test_nobody_aborts_or_takes_what_is_another_s(consumers: Consumers) -> None:
     consumers.batcher.enter("a")
     consumers.executor.gate.clear()
