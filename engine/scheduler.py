@@ -137,6 +137,8 @@ class Scheduler:
             if seq.status is Status.FINISHED:  # aborted while the step ran
                 continue
             if row in invalid:
+                if seq.status is Status.WAITING:  # preempted, and counted with this token
+                    self.num_waiting_tokens -= 1
                 outputs.append(without_token(seq))
             else:
                 outputs.append(append_token(seq, token_id, entry))
@@ -186,6 +188,7 @@ class Scheduler:
         for seq in self.waiting:
             assert not seq.block_table
             assert seq.row == -1
+        assert self.num_waiting_tokens == sum(seq.num_tokens for seq in self.waiting)
 
     # -- helpers, in call order -------------------------------------------------------------
 

@@ -1,11 +1,12 @@
 """An Executor that computes nothing: its next token is a function of the whole history.
 
-It checks what a real one relies on: every key and value a query reads was written by the same
-sequence (or by one with the same prefix) at the slot the batch names.
+It computes a step when it is collected, in order, as a pipeline may. It checks what a real one
+relies on: every key and value a query reads was written by the same sequence (or by one with the
+same prefix) at the slot the batch names.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -31,7 +32,9 @@ class ScriptedExecutor:
         session_len: int = 128,
         vocab_size: int = 50,
         pp: int = 1,
+        spoils: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`spoils` says of each row that is drawn whether it has no usable token."""
         self.info = EngineInfo(
             vocab_size=vocab_size,
             session_len=min(session_len, num_blocks * block_size),
@@ -46,13 +49,23 @@ class ScriptedExecutor:
         self.last_token: dict[int, int] = {}  # row → newest sampled token, as a device keeps it
         self.num_tokens_per_step: list[int] = []
         self.max_in_flight = 0
-        self._results: deque[StepResult] = deque()
+        self._launched: deque[Batch] = deque()
+        self._spoils = spoils
         self.closed = False
 
     def launch(self, batch: Batch, sampling: Sampling) -> None:
         batch = Batch.unpack(batch.buffer.copy())  # what crosses processes is enough
         self.num_tokens_per_step.append(batch.num_tokens)
         assert self.info.pp == 1 or PENDING not in batch.input_ids, "the first stage knows none"
+        self._launched.append(batch)
+        self.max_in_flight = max(self.max_in_flight, self.num_in_flight)
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._launched)
+
+    def collect(self) -> StepResult:
+        batch = self._launched.popleft()
         histories = self._write_and_read(batch)
         sampled: list[int] = []
         for logit_index in batch.logit_indices[: batch.num_sampled]:
@@ -60,15 +73,8 @@ class ScriptedExecutor:
             token_id = next_token(histories[seq], self.info.vocab_size)
             self.last_token[int(batch.rows[seq])] = token_id
             sampled.append(token_id)
-        self._results.append(StepResult(np.array(sampled, dtype=np.int32)))
-        self.max_in_flight = max(self.max_in_flight, self.num_in_flight)
-
-    @property
-    def num_in_flight(self) -> int:
-        return len(self._results)
-
-    def collect(self) -> StepResult:
-        return self._results.popleft()
+        invalid = [index for index in range(len(sampled)) if self._spoils()]
+        return StepResult(np.array(sampled, dtype=np.int32), invalid=invalid)
 
     def close(self) -> None:
         self.closed = True

@@ -1,6 +1,7 @@
 """Any schedule gives the tokens of one-at-a-time, and blocks are free or referenced, never both."""
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -27,6 +28,7 @@ def make_engine(
     max_num_batched_tokens: int = 16,
     prefix_caching: bool = True,
     num_stages: int = 1,
+    spoils: Callable[[], bool] = lambda: False,
 ) -> Engine:
     config = EngineConfig(
         model="scripted",
@@ -34,7 +36,9 @@ def make_engine(
         max_num_batched_tokens=max_num_batched_tokens,
         enable_prefix_caching=prefix_caching,
     )
-    executor = ScriptedExecutor(num_blocks=num_blocks, block_size=block_size, pp=num_stages)
+    executor = ScriptedExecutor(
+        num_blocks=num_blocks, block_size=block_size, pp=num_stages, spoils=spoils
+    )
     return Engine(config, executor)
 
 
@@ -73,6 +77,7 @@ def drain(engine: Engine) -> dict[str, list[int]]:
     max_num_seqs=st.integers(1, 6),
     prefix_caching=st.booleans(),
     num_stages=st.integers(1, 4),
+    share_invalid=st.sampled_from([0.0, 0.1]),
 )
 def test_any_schedule_gives_the_tokens_of_one_at_a_time(
     seed: int,
@@ -83,14 +88,23 @@ def test_any_schedule_gives_the_tokens_of_one_at_a_time(
     max_num_seqs: int,
     prefix_caching: bool,
     num_stages: int,
+    share_invalid: float,
 ) -> None:
     rng = random.Random(seed)
-    engine = make_engine(num_blocks, block_size, max_num_seqs, budget, prefix_caching, num_stages)
+    engine = make_engine(
+        num_blocks,
+        block_size,
+        max_num_seqs,
+        budget,
+        prefix_caching,
+        num_stages,
+        lambda: rng.random() < share_invalid,
+    )
     longest = engine.info.session_len - 1
     stem = [rng.randrange(VOCAB) for _ in range(longest)]
     want: dict[str, list[int]] = {}
     got: dict[str, list[int]] = {}
-    aborted: set[str] = set()
+    ended_early: set[str] = set()
     for index in range(num_seqs):
         prompt = stem[: rng.randint(1, longest)]
         if rng.random() < 0.3:
@@ -99,16 +113,16 @@ def test_any_schedule_gives_the_tokens_of_one_at_a_time(
         engine.add(request(str(index), prompt, max_tokens))
         want[str(index)] = expected(prompt, min(max_tokens, longest + 1 - len(prompt)))
         while engine.has_work and rng.random() < 0.6:
-            collect(engine, got)
+            ended_early |= collect(engine, got)
         if rng.random() < 0.15:
             victim = str(rng.randint(0, index))
             engine.abort(victim)
-            aborted.add(victim)
+            ended_early.add(victim)
         engine.scheduler.check_integrity()
     while engine.has_work:
-        collect(engine, got)
+        ended_early |= collect(engine, got)
     for name, tokens in want.items():
-        if name in aborted:
+        if name in ended_early:
             assert got.get(name, []) == tokens[: len(got.get(name, []))]
         else:
             assert got[name] == tokens
@@ -116,10 +130,13 @@ def test_any_schedule_gives_the_tokens_of_one_at_a_time(
     engine.scheduler.check_integrity()
 
 
-def collect(engine: Engine, got: dict[str, list[int]]) -> None:
-    for output in engine.step():
+def collect(engine: Engine, got: dict[str, list[int]]) -> set[str]:
+    """One step; returns the sequences that ended without a usable token."""
+    outputs = engine.step()
+    for output in outputs:
         got.setdefault(output.request_id, []).extend(output.token_ids)
     engine.scheduler.check_integrity()
+    return {output.request_id for output in outputs if output.error is not None}
 
 
 @settings(max_examples=60, deadline=None)
@@ -328,6 +345,23 @@ def test_a_sequence_without_a_usable_token_ends_alone() -> None:
     rest = drain(engine)
     assert outputs["good"].token_ids + rest["good"] == expected([3, 4], 8)
     assert "bad" not in rest
+
+
+def test_a_preempted_sequence_whose_pending_token_is_unusable_leaves_nothing() -> None:
+    engine = make_engine(num_stages=2)
+    scheduler = engine.scheduler
+    engine.add(request("a", [1, 2, 3]))
+    scheduled = scheduler.schedule()
+    sampling = Sampling.build(scheduled)
+    engine.executor.launch(
+        Batch.build(scheduled, scheduler.block_tables, 4, sampling.scores), sampling
+    )
+    scheduler._preempt(scheduled.seqs[0])
+    assert scheduler.num_waiting_tokens == 4
+    (output,) = scheduler.update(scheduled, replace(engine.executor.collect(), invalid=[0]))
+    assert isinstance(output.error, LogitsError)
+    assert scheduler.num_waiting_tokens == 0
+    scheduler.check_integrity()
 
 
 @pytest.mark.parametrize(
