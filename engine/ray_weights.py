@@ -12,7 +12,6 @@ import json
 import logging
 import mmap
 import random
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,8 +35,8 @@ from engine.config import EngineConfig
 from engine.weights.ahead import ahead
 from engine.weights.cache_entry import CacheEntry, Key, Manifest
 from engine.weights.origin import Fingerprint, Origin, settings_files
-from engine.weights.own_directory import create_own
 from engine.weights.peers import Parcel, PeerError, Piece
+from engine.weights.settings import SettingsCopies
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +94,7 @@ class RayPeers:
     def __init__(self, model: str, directory: Path) -> None:
         """`model` is the same on all nodes, `directory` this node's cache."""
         self._prefix = f"{Path(model).absolute()}\n"
-        self._directory = directory
+        self._copies = SettingsCopies(directory)
         self._node: str = ray.get_runtime_context().get_node_id()
         self._origin: Origin | None = None
         self._seen = time.time()
@@ -125,7 +124,11 @@ class RayPeers:
         yield from random.sample(found, len(found))
 
     def announce(self, data: Path) -> None:
-        """In the background: a file that nobody knows of is made twice, no more."""
+        """In the background: a file that nobody knows of is made twice, no more.
+
+        Once per load: should the GCS lose it, joining nodes do without this one. One that was
+        deleted here since costs a joining node a task that finds nothing.
+        """
         threading.Thread(target=self._announce, args=(data,), daemon=True).start()
 
     def _announce(self, data: Path) -> None:
@@ -175,29 +178,16 @@ class RayPeers:
 
     def _settings(self, node: str, announcement: Announcement) -> Path:
         """Copies of the checkpoint's settings, brought from `node` if they are not here."""
-        name = Path(announcement.checkpoint).name
-        path = self._directory / f"{name}-{announcement.settings_id}.settings"
-        if path.is_dir():
-            return path
+        version = announcement.checkpoint, announcement.settings_id
+        found = self._copies.find(*version)
+        if found is not None:
+            return found
         try:
             coming = _on(node, _send_settings).remote(announcement.settings)
             contents = ray.get(coming, timeout=SILENCE_S)
         except RayError as error:
             raise PeerError(_reason(error)) from error
-        if "config.json" not in contents:
-            raise PeerError("it has no config.json any more")
-        create_own(self._directory)
-        with tempfile.TemporaryDirectory(dir=self._directory) as scratch:
-            unfinished = Path(scratch) / path.name
-            unfinished.mkdir()
-            for file, content in contents.items():
-                (unfinished / file).write_bytes(content)
-            try:
-                unfinished.rename(path)
-            except OSError:
-                if not path.is_dir():  # else another process brought them
-                    raise
-        return path
+        return self._copies.keep(*version, contents)
 
 
 def _send_settings(directory: str) -> dict[str, bytes]:
@@ -228,9 +218,10 @@ def _items(stream: Stream) -> Iterator[Any]:
     """What it yields; PeerError when the sender failed, died or says nothing."""
     try:
         while True:
+            silent_at = time.monotonic() + SILENCE_S
             if not ray.wait([stream], timeout=SILENCE_S)[0]:
                 raise PeerError(f"it sent nothing for {SILENCE_S:.0f} s")
-            yield ray.get(next(stream), timeout=SILENCE_S)
+            yield ray.get(next(stream), timeout=max(0.0, silent_at - time.monotonic()))
     except StopIteration:
         return
     except RayError as error:
@@ -240,4 +231,5 @@ def _items(stream: Stream) -> Iterator[Any]:
 def _reason(error: RayError) -> str:
     """Without the sender's stack."""
     cause = error.cause if isinstance(error, RayTaskError) else error
-    return f"{type(cause).__name__}: {str(cause).strip().splitlines()[0]}"
+    first_line, _, _ = str(cause).strip().partition("\n")
+    return f"{type(cause).__name__}: {first_line}" if first_line else type(cause).__name__

@@ -19,11 +19,13 @@ from torch import Tensor
 
 from engine.errors import CheckpointError, ConfigError
 from engine.weights.cache import WeightCache
+from engine.weights.own_directory import SCRATCH_LEFT_S
 from engine.weights.packed_file import ALIGNMENT, HEADER_ROOM, Packed
 from kernels.dense_linear import DenseWeight
 
 KEY = {"checkpoint": "model", "files": [["model.safetensors", 10, 20]]}
 NO_LIMIT = 1 << 40
+DEADLINE_S = 60  # for processes that take a second
 
 
 def values(seed: int = 0) -> dict[str, Packed]:
@@ -186,7 +188,7 @@ def test_the_mapping_is_read_only(directory: Path) -> None:
     load(directory, Maker())
     process = spawn().Process(target=_write_to_mapping, args=(directory,))
     process.start()
-    process.join()
+    process.join(DEADLINE_S)
     assert process.exitcode == -signal.SIGSEGV
     make = Maker()
     load(directory, make)
@@ -205,7 +207,9 @@ class SlowMaker(Maker):
             file.write(f"{os.getpid()}\n")
         items = list(values().items())
         yield items[0]
+        deadline = time.monotonic() + DEADLINE_S
         while not (self._notes / "go on").exists():
+            assert time.monotonic() < deadline
             time.sleep(0.01)
         yield from items[1:]
 
@@ -229,7 +233,9 @@ def begun(notes: Path) -> list[str]:
 
 
 def wait_until_begun(notes: Path, processes: list[BaseProcess]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
     while not begun(notes):
+        assert time.monotonic() < deadline
         assert all(process.is_alive() for process in processes)
         time.sleep(0.01)
 
@@ -239,7 +245,7 @@ def test_one_makes_and_the_others_wait(directory: Path, tmp_path: Path) -> None:
     wait_until_begun(tmp_path, processes)
     (tmp_path / "go on").touch()
     for process in processes:
-        process.join()
+        process.join(DEADLINE_S)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert len(begun(tmp_path)) == 1
 
@@ -254,7 +260,7 @@ def test_a_killed_maker_leaves_nothing_that_is_mapped(directory: Path, tmp_path:
     first.kill()
     first.join()
     (tmp_path / "go on").touch()
-    second.join()
+    second.join(DEADLINE_S)
     assert second.exitcode == 0
     assert len(begun(tmp_path)) == 2
     assert not (directory / "m.tmp").exists()
@@ -298,6 +304,40 @@ def test_a_full_disk_costs_a_warning(
     assert f"{directory}" in record.getMessage()
     assert "weights_cache" in record.getMessage()
     assert [path.suffix for path in directory.iterdir()] == [".lock"]
+
+
+def test_a_full_disk_loses_what_nobody_uses(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    in_use = WeightCache(directory, NO_LIMIT).load("in use", KEY, Maker())
+    load(directory, Maker(), name="old")
+    fsync = os.fsync
+
+    def sync_if_room(descriptor: int) -> None:
+        if (directory / "old.safetensors").exists():
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync_if_room)
+    make = Maker()
+    load(directory, make)
+    assert make.calls == 2
+    assert {path.stem for path in directory.glob("*.safetensors")} == {"in use", "m"}
+    assert_equal(in_use["table"], values()["table"])
+    (record,) = caplog.records
+    assert "No space left" in record.getMessage()
+    load(directory, make)
+    assert make.calls == 2
+
+
+def test_what_a_killed_process_left_of_settings_is_deleted(directory: Path) -> None:
+    directory.mkdir(mode=0o700)
+    for name, age in (("unfinished-old", 2 * SCRATCH_LEFT_S), ("unfinished-new", 0)):
+        (directory / name / "m.settings").mkdir(parents=True)
+        then = time.time() - age
+        os.utime(directory / name, (then, then))
+    load(directory, Maker())
+    assert [path.name for path in directory.glob("unfinished-*")] == ["unfinished-new"]
 
 
 def test_a_directory_that_cannot_be_made_costs_a_warning(

@@ -8,20 +8,21 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from engine.errors import CheckpointError
-from engine.weights import cache_entry
+from engine.weights import cache, cache_entry
 from engine.weights.cache import WeightCache
 from engine.weights.cache_entry import CacheEntry, Key, Manifest
 from engine.weights.origin import Origin, settings_files
 from engine.weights.packed_file import Packed
 from engine.weights.peers import Parcel, PeerError, Piece
 from engine.worker import check_same
-from tests.test_weight_cache import KEY, NO_LIMIT, Maker, assert_equal, spawn, values
+from tests.test_weight_cache import DEADLINE_S, KEY, NO_LIMIT, Maker, assert_equal, spawn, values
 
 PIECE = 1 << 19  # two to three pieces of a file
 
@@ -116,12 +117,19 @@ def cut_short(pieces: Iterator[Piece]) -> Iterator[Piece]:
     yield next(pieces)
 
 
+def without_end(pieces: Iterator[Piece]) -> Iterator[Piece]:
+    yield from pieces
+    for _ in range(100):
+        yield np.zeros(PIECE, dtype=np.uint8)
+    raise AssertionError("nobody needs so much of it")
+
+
 def dying(pieces: Iterator[Piece]) -> Iterator[Piece]:
     yield next(pieces)
     raise PeerError("WorkerCrashedError: the worker died")
 
 
-@pytest.mark.parametrize("spoil", [flipped, cut_short, dying])
+@pytest.mark.parametrize("spoil", [flipped, cut_short, without_end, dying])
 def test_another_peer_gives_what_one_spoils(
     spoil: Callable[[Iterator[Piece]], Iterator[Piece]],
     packed: Path,
@@ -135,7 +143,7 @@ def test_another_peer_gives_what_one_spoils(
     assert f"m does not come from {packed.parent}: " in record.getMessage()
 
 
-@pytest.mark.parametrize("spoil", [flipped, cut_short, dying])
+@pytest.mark.parametrize("spoil", [flipped, cut_short, without_end, dying])
 def test_the_checkpoint_gives_what_every_peer_spoils(
     spoil: Callable[[Iterator[Piece]], Iterator[Piece]], packed: Path, directory: Path
 ) -> None:
@@ -177,6 +185,26 @@ def test_a_full_disk_costs_a_private_copy(
     assert [path.suffix for path in directory.iterdir()] == [".lock"]
 
 
+def test_neither_disk_nor_memory_for_what_peers_have(
+    packed: Path,
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The checkpoint is read, as without peers."""
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "memfd_create", full)
+    peer, make = DiskPeer(packed), Maker()
+    found = WeightCache(directory, NO_LIMIT, FakePeers([peer])).load("m", KEY, make)
+    assert_equal(found["table"], values()["table"])
+    assert (peer.sent, make.calls) == (2, 1)
+    assert "m does not come from other nodes: [Errno 28]" in caplog.text
+
+
 def test_a_large_file_is_synced_as_it_grows(
     packed: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,25 +222,33 @@ def test_a_large_file_is_synced_as_it_grows(
     assert sizes[:2] == [PIECE, 2 * PIECE]
 
 
-def _join(directory: Path, packed: Path, notes: Path) -> None:
-    def slow(pieces: Iterator[Piece]) -> Iterator[Piece]:
+def _join(directory: Path, packed: Path, notes: Path, both_wait: Barrier) -> None:
+    def note(pieces: Iterator[Piece]) -> Iterator[Piece]:
         with (notes / "sent").open("a") as file:
             file.write("x")
-        for piece in pieces:
-            time.sleep(0.1)
-            yield piece
+        yield from pieces
 
-    load(directory, DiskPeer(packed, slow))
+    # Both have looked for the file, and found none, before either takes its lock.
+    create = cache.create_own
+
+    def create_together(directory: Path) -> None:
+        create(directory)
+        both_wait.wait(DEADLINE_S)
+
+    cache.create_own = create_together
+    load(directory, DiskPeer(packed, note))
 
 
 def test_two_that_join_fetch_once(packed: Path, directory: Path, tmp_path: Path) -> None:
+    both_wait = spawn().Barrier(2)
     processes = [
-        spawn().Process(target=_join, args=(directory, packed, tmp_path)) for _ in range(2)
+        spawn().Process(target=_join, args=(directory, packed, tmp_path, both_wait))
+        for _ in range(2)
     ]
     for process in processes:
         process.start()
     for process in processes:
-        process.join()
+        process.join(DEADLINE_S)
         assert process.exitcode == 0
     assert (tmp_path / "sent").read_text() == "x"
 
@@ -234,15 +270,20 @@ class Held:
         self.notes = directory
         self.process = spawn().Process(target=_hold, args=(self.entry,))
         self.process.start()
-        while not self.entry.unfinished.exists():
-            time.sleep(0.01)
+        wait_for(self.entry.unfinished)
 
 
 def _hold(entry: CacheEntry) -> None:
     with entry.locked(wait=True):
         entry.unfinished.touch()
-        while not entry.data.with_suffix(".end").exists():
-            time.sleep(0.01)
+        wait_for(entry.data.with_suffix(".end"))
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -270,10 +311,19 @@ def test_a_stalled_maker_is_named_and_not_waited_for(
     assert "has written nothing for" in given_up
 
 
-def test_a_maker_that_writes_is_waited_for(
-    held: Held, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def write_more(entry: CacheEntry) -> None:
+    with entry.unfinished.open("ab") as file:
+        file.write(b"more")
+
+
+@pytest.mark.parametrize("work", [write_more, CacheEntry.touch_unfinished])
+def test_a_maker_that_works_is_waited_for(
+    work: Callable[[CacheEntry], None],
+    held: Held,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """However long it takes: the file grows while the waiting process looks."""
+    """However long it takes: the file grows, or is touched, while the waiting process looks."""
     monkeypatch.setattr(cache_entry, "STALLED_AFTER_S", 0.3)
     looks = 0
 
@@ -282,8 +332,7 @@ def test_a_maker_that_writes_is_waited_for(
         looks += 1
         if looks == 50:
             held.entry.data.with_suffix(".end").touch()
-        with held.entry.unfinished.open("ab") as file:
-            file.write(b"more")
+        work(held.entry)
         time_sleep(0.02)
 
     time_sleep = time.sleep

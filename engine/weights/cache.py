@@ -6,6 +6,7 @@ never an engine. A file is found by its name, the same on every node. This modul
 models nor checkpoints.
 """
 
+import errno
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +16,7 @@ from typing import BinaryIO, TypeAlias, TypeVar
 
 from engine.weights.ahead import ahead
 from engine.weights.cache_entry import CacheEntry, Key, crc32_of, sync_some
-from engine.weights.own_directory import check_owner, create_own
+from engine.weights.own_directory import check_owner, create_own, delete_left_scratch
 from engine.weights.packed_file import Packed, PackedWriter, map_packed
 from engine.weights.peers import Parcel, PeerError, Peers, receive
 
@@ -26,6 +27,7 @@ Make: TypeAlias = Callable[[], Iterable[tuple[str, Packed]]]
 
 DATA = "*.safetensors"
 UNFINISHED = "*.tmp"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class WeightCache:
@@ -47,7 +49,7 @@ class WeightCache:
         try:
             values = _map(entry, key)
             if values is None:
-                values = self._make(entry, key, make)
+                values = self._make_with_room(entry, key, make)
             self.mapped_bytes += entry.data.stat().st_size
         except OSError as error:
             logger.warning(
@@ -62,6 +64,16 @@ class WeightCache:
         if self._peers is not None:
             self._peers.announce(entry.data)
         return values
+
+    def _make_with_room(self, entry: CacheEntry, key: Key, make: Make) -> Mapping[str, Packed]:
+        """On a full disk again, without the entries that nobody uses."""
+        try:
+            return self._make(entry, key, make)
+        except OSError as error:
+            if error.errno not in FULL or self._delete_unused(max_bytes=0) == 0:
+                raise
+            logger.warning("%s: %s; made again with what nobody uses deleted", entry.data, error)
+            return self._make(entry, key, make)
 
     def _make(self, entry: CacheEntry, key: Key, make: Make) -> Mapping[str, Packed]:
         create_own(self.directory)
@@ -84,7 +96,12 @@ class WeightCache:
         return values
 
     def _load_privately(self, name: str, key: Key, make: Make) -> Mapping[str, Packed]:
-        return self._from_peers(name, key, _map_in_memory) or dict(make())
+        try:
+            found = self._from_peers(name, key, _map_in_memory)
+        except OSError as error:
+            logger.warning("%s does not come from other nodes: %s", name, error)
+            found = None
+        return found or dict(make())
 
     def _fetch(self, entry: CacheEntry, key: Key) -> bool:
         """Whether a peer gave the file, which is here then. OSError is this node's fault."""
@@ -94,11 +111,20 @@ class WeightCache:
             entry.write(key, lambda file: receive(parcel, file))
             return True
 
-        return self._from_peers(entry.data.stem, key, write) is not None
+        # A peer may be silent for half as long as a maker may be seen to do nothing.
+        asking = entry.touch_unfinished
+        return self._from_peers(entry.data.stem, key, write, asking) is not None
 
-    def _from_peers(self, name: str, key: Key, take: Callable[[Parcel], T]) -> T | None:
+    def _from_peers(
+        self,
+        name: str,
+        key: Key,
+        take: Callable[[Parcel], T],
+        asking: Callable[[], None] = lambda: None,
+    ) -> T | None:
         """What `take` makes of the first peer's file that comes whole."""
         for peer in self._peers.holding(name) if self._peers is not None else ():
+            asking()
             try:
                 with peer.send(key) as parcel:
                     return take(parcel)
@@ -107,20 +133,30 @@ class WeightCache:
         return None
 
     def _trim(self) -> None:
-        """Delete entries, the one unused longest first, until the rest fit; never one in use."""
+        """Delete what is too much, and what killed makers left."""
+        self._delete_unused(self._max_bytes)
+        for path in self.directory.glob(UNFINISHED):
+            CacheEntry(path.with_suffix(".safetensors")).delete_unfinished()
+        delete_left_scratch(self.directory)
+
+    def _delete_unused(self, max_bytes: int) -> int:
+        """Delete entries, the one unused longest first, until the rest fit; never one in use.
+
+        Returns how many bytes are free that were not.
+        """
         sizes = {}
         for path in self.directory.glob(DATA):
             with suppress(FileNotFoundError):  # another engine trims too
                 sizes[CacheEntry(path)] = path.stat().st_size
-        excess = sum(sizes.values()) - self._max_bytes
+        excess = sum(sizes.values()) - max_bytes
+        freed = 0
         for entry in sorted(sizes, key=CacheEntry.last_used):
-            if excess <= 0:
+            if freed >= excess:
                 break
             if entry.delete_unused():
                 logger.info("weights cache: deleted %s, %d bytes", entry.data, sizes[entry])
-                excess -= sizes[entry]
-        for path in self.directory.glob(UNFINISHED):
-            CacheEntry(path.with_suffix(".safetensors")).delete_unfinished()
+                freed += sizes[entry]
+        return freed
 
 
 def _map(entry: CacheEntry, key: Key) -> Mapping[str, Packed] | None:
@@ -143,4 +179,4 @@ def _pack(file: BinaryIO, make: Make) -> int:
         synced = sync_some(file, synced)
     writer.finish()
     file.flush()
-    return crc32_of(file)
+    return crc32_of(file, unfinished=True)

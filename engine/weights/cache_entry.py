@@ -32,9 +32,10 @@ Fill: TypeAlias = Callable[[BinaryIO], int]  # writes the content, returns its C
 CHUNK = 1 << 22  # bytes read at once for a sum
 POLL_S = 0.02  # between two tries for a lock that somebody holds
 NAME_HOLDER_AFTER_S = 5.0
-# A maker writes a weight every few ms, and stops for a sync of at most SYNC_BYTES.
+# A maker writes a weight, or touches the file, every few ms; but it stops for a sync of at most
+# SYNC_BYTES, 2 MB/s, and for a peer that is silent for 60 s.
 STALLED_AFTER_S = 120.0
-SYNC_BYTES = 1 << 30
+SYNC_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,10 @@ class CacheEntry:
             self.unfinished.unlink(missing_ok=True)
             raise
 
+    def touch_unfinished(self) -> None:
+        """Under the lock: show those who wait for it that its holder works."""
+        self.unfinished.touch(mode=0o600)
+
     def touch(self) -> None:
         """Note that it was used, where the directory may be written to."""
         with suppress(OSError):
@@ -129,11 +134,11 @@ class CacheEntry:
         """Hold the lock alone.
 
         While somebody else does: BlockingIOError, at once if `wait` is false, else when the
-        holder has written nothing for STALLED_AFTER_S.
+        holder has done nothing for STALLED_AFTER_S.
         """
         waiting = _Waiting(self)
         while True:
-            with self.lock.open("ab") as file:
+            with self.lock.open("ab", buffering=0) as file:
                 try:
                     flock(file, LOCK_EX | LOCK_NB)
                 except BlockingIOError:
@@ -145,9 +150,9 @@ class CacheEntry:
                 # Whoever deleted the entry deleted this file under the waiting process.
                 if os.fstat(file.fileno()).st_nlink == 0:
                     continue
-                file.truncate(0)
-                file.write(f"{os.getpid()} on {socket.gethostname()}".encode())
-                file.flush()
+                with suppress(OSError):  # the disk is full; those who wait can do without
+                    file.truncate(0)
+                    file.write(f"{os.getpid()} on {socket.gethostname()}".encode())
                 yield
                 return
 
@@ -183,7 +188,7 @@ class _Waiting:
     def __init__(self, entry: CacheEntry) -> None:
         self._entry = entry
         self._since = self._moved = time.monotonic()
-        self._progress: tuple[int, int] | None = None
+        self._progress: tuple[int, int, int] | None = None
         self._named = False
 
     def check(self) -> None:
@@ -204,13 +209,13 @@ class _Waiting:
     def _lock(self) -> Path:
         return self._entry.lock
 
-    def _seen(self) -> tuple[int, int] | None:
-        """What changes while the holder writes."""
+    def _seen(self) -> tuple[int, int, int] | None:
+        """What changes while the holder works."""
         try:
             found = self._entry.unfinished.stat()
         except FileNotFoundError:
             return None
-        return found.st_ino, found.st_size
+        return found.st_ino, found.st_size, found.st_mtime_ns
 
     def _holder(self) -> str:
         try:
@@ -219,11 +224,14 @@ class _Waiting:
             return "unknown"
 
 
-def crc32_of(file: BinaryIO) -> int:
+def crc32_of(file: BinaryIO, *, unfinished: bool = False) -> int:
+    """Of the whole file; one that is `unfinished` is touched, because others wait for it."""
     file.seek(0)
     value = 0
     while chunk := file.read(CHUNK):
         value = zlib.crc32(chunk, value)
+        if unfinished:
+            os.utime(file.fileno())
     return value
 
 

@@ -3,7 +3,7 @@
 A safetensors file whose tensors start at multiples of 64 bytes, the width of a cache line and of
 an AVX512 load; "~pad" tensors fill the gaps, because the format allows none. The header's metadata
 hold each value's form (kernels/stored_weight.py). The header's room is reserved first and filled
-last, so that no more than one weight is in memory while a file is made. It knows nothing of where
+last, so that a weight is written when it comes, and none has to be kept. It knows nothing of where
 files lie, whether they are whole, and who uses them.
 """
 

@@ -60,8 +60,10 @@ def receive(parcel: Parcel, file: BinaryIO) -> int:
     """Write the parcel's bytes; returns their CRC. PeerError unless they are what was made."""
     size = crc32 = synced = 0
     for piece in parcel.pieces:
-        file.write(piece.data)
         size += piece.nbytes
+        if size > parcel.manifest.size:
+            raise PeerError(f"more than the {parcel.manifest.size} bytes came that were made")
+        file.write(piece.data)
         crc32 = zlib.crc32(piece.data, crc32)
         synced = sync_some(file, synced)
     if (size, crc32) != (parcel.manifest.size, parcel.manifest.crc32):
