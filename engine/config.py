@@ -26,7 +26,7 @@ class EngineConfig:
 
     cache_max_entry_count has LMDeploy's meaning: a float in (0, 1) is the share of the memory
     free after the weights are loaded, an integer is a number of KV blocks. On the CPU the share
-    is capped at max_cpu_cache_bytes, because "free" there belongs to everyone.
+    is capped at max_cpu_cache_bytes per node, because "free" there belongs to everyone.
     """
 
     model: str  # directory of a Hugging Face checkpoint
@@ -105,13 +105,13 @@ class EngineConfig:
     def num_ranks(self) -> int:
         return self.tp * self.pp
 
-    def threads_per_rank(self, num_neighbours: int | None = None) -> int:
+    def threads_per_rank(self, num_neighbours: int) -> int:
         """CPU threads of one rank: spinning pools that share a core ruin each other.
 
-        `num_neighbours`: ranks on this node, itself included; None: all.
+        `num_neighbours`: ranks on this node, itself included.
         """
         cores = len(os.sched_getaffinity(0))
-        return self.num_threads or max(1, cores // (num_neighbours or self.num_ranks))
+        return self.num_threads or max(1, cores // num_neighbours)
 
     def weights_cache_directory(self) -> Path | None:
         """Where this node's packed weights lie; None: nowhere."""

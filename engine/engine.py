@@ -80,6 +80,10 @@ class Engine:
         return self.scheduler.stats()
 
     def close(self) -> None:
+        """Steps in flight are computed: the ranks would wait for each other over them."""
+        while self._in_flight:
+            self._in_flight.popleft()
+            self.executor.collect()
         self.executor.close()
 
 

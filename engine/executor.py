@@ -36,5 +36,5 @@ class Executor(Protocol):
         ...
 
     def close(self) -> None:
-        """Release the ranks; no call may follow."""
+        """Release the ranks; no step is in flight, and no call may follow."""
         ...

@@ -37,6 +37,7 @@ class ParallelGroup:
     size: int = 1  # ranks of a stage: tp
     stage: int = 0
     num_stages: int = 1  # pp
+    num_neighbours: int = 1  # ranks on this node, itself included
 
     tensors: dist.ProcessGroup | None = None  # of this stage; None: all ranks are one stage
     arrays: dist.ProcessGroup | None = None  # the same over gloo
@@ -52,17 +53,19 @@ class ParallelGroup:
         *,
         pp: int = 1,
         listener: socket.socket | None = None,
+        num_neighbours: int | None = None,
     ) -> "ParallelGroup":
         """Meet the other ranks at `address` (host:port); a no-op for one rank.
 
         Rank 0 listens there, on `listener` if it has one. EngineDeadError when not all ranks came
-        within MEET_S.
+        within MEET_S. `num_neighbours` of them share this node; None: all.
         """
         world_size = tp * pp
         if world_size == 1:
             if listener is not None:
                 listener.close()
             return cls()
+        num_neighbours = num_neighbours or world_size
         host, port = address.rsplit(":", 1)
         if rank == 0 and listener is None:
             listener = listen(host, int(port))
@@ -91,7 +94,7 @@ class ParallelGroup:
         )
         all_arrays = dist.new_group(backend="gloo", timeout=_IDLE) if on_gpu else None
         if pp == 1:
-            return cls(rank, tp, tensors=None, arrays=all_arrays, all_arrays=all_arrays)
+            return cls(rank, tp, 0, 1, num_neighbours, None, all_arrays, all_arrays)
         tensors = arrays = None
         for stage in range(pp):  # every rank takes part in making every group
             ranks = list(range(stage * tp, (stage + 1) * tp))
@@ -99,7 +102,7 @@ class ParallelGroup:
             gloo = dist.new_group(ranks, backend="gloo", timeout=_IDLE) if on_gpu else group
             if rank in ranks:
                 tensors, arrays = group, gloo
-        return cls(rank % tp, tp, rank // tp, pp, tensors, arrays, all_arrays)
+        return cls(rank % tp, tp, rank // tp, pp, num_neighbours, tensors, arrays, all_arrays)
 
     def leave(self) -> None:
         if self.num_ranks > 1 and dist.is_initialized():

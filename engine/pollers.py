@@ -6,7 +6,6 @@ it runs on the engine actor's loop. Knows no outputs.
 """
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable
 
@@ -25,6 +24,7 @@ class Pollers:
     def __init__(self, on_silence: Callable[[str], None]) -> None:
         self._on_silence = on_silence
         self._has_output = {OWNER: asyncio.Event()}
+        self._waiting: set[str] = set()
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
     def enter(self, consumer: str) -> None:
@@ -44,11 +44,17 @@ class Pollers:
     async def wait(self, consumer: str) -> None:
         """Until there is something to take or, but for the owner, POLL_S have passed."""
         self.check(consumer)
+        assert consumer not in self._waiting, "a consumer's next poll follows the last one's end"
         has_output = self._has_output[consumer]
         self._forgo(consumer)
-        with contextlib.suppress(TimeoutError):
+        self._waiting.add(consumer)
+        try:
             async with asyncio.timeout(None if consumer == OWNER else POLL_S):
                 await has_output.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self._waiting.discard(consumer)
         has_output.clear()
         self.check(consumer)  # it may have left meanwhile
         if consumer != OWNER:

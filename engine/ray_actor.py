@@ -9,7 +9,7 @@ import logging
 import os
 import socket
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import ray
@@ -17,6 +17,7 @@ import ray
 from engine.batcher import RequestBatcher
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.errors import ConfigError
 from engine.executor import EngineInfo
 from engine.outboxes import OWNER
 from engine.outputs import EngineStats, SequenceOutput
@@ -37,7 +38,7 @@ class RankInfo:
 
     node: str
     device: str
-    address: str  # host:port where rank 0 listens; empty for the others
+    address: str  # host:port where rank 0 of several listens; empty for the others
 
 
 class EngineActor:
@@ -110,9 +111,16 @@ class EngineActor:
 
         context = ray.get_runtime_context()
         address = ""
-        if self._rank == 0:
-            # Kept open until the ranks meet: nobody else can take the port.
-            self._listener = listen(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+        if self._rank == 0 and self._config.num_ranks > 1:
+            host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+            try:
+                # Kept open until the ranks meet: nobody else can take the port.
+                self._listener = listen(host)
+            except OSError as error:
+                raise ConfigError(
+                    f"rank 0 cannot listen at {host}, by which Ray knows this node: {error}; give "
+                    "ray start --node-ip-address an address that this machine has"
+                ) from error
             host, port = self._listener.getsockname()[:2]
             address = f"{host}:{port}"
         return RankInfo(context.get_node_id(), resolve_device(self._config.device), address)
@@ -122,10 +130,14 @@ class EngineActor:
         from engine.worker import resolve_device
 
         config = self._config
-        self._config = replace(config, num_threads=config.threads_per_rank(num_neighbours))
-        device = resolve_device(config.device)
         self._group = ParallelGroup.join(
-            self._rank, config.tp, address, device, pp=config.pp, listener=self._listener
+            self._rank,
+            config.tp,
+            address,
+            resolve_device(config.device),
+            pp=config.pp,
+            listener=self._listener,
+            num_neighbours=num_neighbours,
         )
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> EngineInfo | None:

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineDeadError, MantaError
@@ -28,6 +28,7 @@ from engine.sequence import EngineRequest
 # replica is replaced, and other replicas answer what it has not.
 START_TIMEOUT_S = 120
 JOIN_TIMEOUT_S = 90  # more than torch's own, which knows less
+LOAD_TIMEOUT_S = 3600  # a terabyte at 300 MB/s
 CHECK_TIMEOUT_S = 30  # takes about 1 ms, but Python code may keep a process busy
 
 Actor: TypeAlias = "ActorHandle[EngineActor]"
@@ -75,7 +76,14 @@ class EngineGroup:
                     "each other's ports? GLOO_SOCKET_IFNAME names the network interface to use"
                 ),
             )
-            infos = await _all([actor.start.remote() for actor in actors])
+            infos = await _all(
+                [actor.start.remote() for actor in actors],
+                LOAD_TIMEOUT_S,
+                EngineDeadError(
+                    "did not load; a rank that has waits for the others, so look at what reads "
+                    f"{config.model} or {config.weights_cache_directory()}"
+                ),
+            )
         except BaseException:
             _kill(actors)
             raise
@@ -139,16 +147,13 @@ def _check_devices(ranks: list[RankInfo]) -> None:
         raise ConfigError(f"the ranks have different devices ({found}); set device: cpu or cuda")
 
 
-async def _all(
-    refs: list[Any], timeout_s: float | None = None, late: Exception | None = None
-) -> list[Any]:
+async def _all(refs: list[Any], timeout_s: float, late: Exception) -> list[Any]:
     """Every rank's reply, or the first error; `late`, with the ranks' numbers, when it is time."""
     calls = [asyncio.ensure_future(_reply(ref, rank)) for rank, ref in enumerate(refs)]
     try:
         async with asyncio.timeout(timeout_s):
             return await asyncio.gather(*calls)
     except TimeoutError as error:
-        assert late is not None
         names = ", ".join(str(rank) for rank, call in enumerate(calls) if call.cancelled())
         raise type(late)(f"engine rank {names} {late} (waited {timeout_s:g} s)") from error
 
@@ -167,6 +172,9 @@ async def _reply(ref: Any, rank: int = 0) -> Any:
         raise EngineDeadError(reason) from error
     except RayActorError as error:
         raise EngineDeadError(f"engine rank {rank} died") from error
+    except RayError as error:
+        reason = f"no answer from engine rank {rank}: {type(error).__name__}: {error}"
+        raise EngineDeadError(reason) from error
 
 
 async def _first_death(actors: list[Actor]) -> EngineDeadError:

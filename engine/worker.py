@@ -36,7 +36,7 @@ class Worker:
         """`peers` may have the packed weights, or a checkpoint that is not on this node."""
         self.device = resolve_device(config.device)
         if self.device == "cpu":
-            torch.set_num_threads(config.threads_per_rank())
+            torch.set_num_threads(config.threads_per_rank(group.num_neighbours))
         cache = _weight_cache(config, self.device, peers)
         origin = _find_origin(Path(config.model), peers if cache is not None else None)
         self.spec = load_spec(origin.settings)
@@ -54,7 +54,7 @@ class Worker:
             session_len=limit,
             cache=cache,
         )
-        check_same(origin, group)
+        check_same(origin, self.spec, group)  # they have loaded, too: what is free now stays so
         mapped_bytes = cache.mapped_bytes if cache is not None else 0
         self.num_blocks = group.min(self._count_blocks(config, limit, mapped_bytes))
         self.session_len = min(limit, self.num_blocks * self.block_size)
@@ -143,7 +143,8 @@ class Worker:
     def _count_blocks(self, config: EngineConfig, session_len: int, mapped_bytes: int) -> int:
         """KV blocks this rank can afford, and no more than max_num_seqs full sessions need.
 
-        `mapped_bytes` of weights count as available memory, but every step needs them.
+        `mapped_bytes` of weights count as available memory, but every step needs them. The ranks
+        of a node have about equal parts of both.
         """
         if isinstance(config.cache_max_entry_count, int):
             return config.cache_max_entry_count
@@ -151,10 +152,10 @@ class Worker:
         block_bytes = bytes_per_block(
             self.spec, self.block_size, self.dtype, self._group.size, num_layers
         )
-        free = max(0, free_memory(self.device) - mapped_bytes)
+        free = max(0, free_memory(self.device) - mapped_bytes * self._group.num_neighbours)
         budget = int(free * config.cache_max_entry_count)
         if self.device == "cpu":
-            budget = min(budget, config.max_cpu_cache_bytes) // self._group.num_ranks
+            budget = min(budget, config.max_cpu_cache_bytes) // self._group.num_neighbours
         useful = config.max_num_seqs * -(-session_len // self.block_size)
         num_blocks = min(budget // block_bytes, useful)
         if num_blocks < 2:
@@ -180,17 +181,28 @@ def _find_origin(checkpoint: Path, peers: Peers | None) -> Origin:
     return Origin.at(checkpoint) if peers is None else peers.origin(checkpoint)
 
 
-def check_same(origin: Origin, group: ParallelGroup) -> None:
-    """CheckpointError when a rank without the checkpoint got another version than the others.
+def check_same(origin: Origin, spec: DecoderSpec, group: ParallelGroup) -> None:
+    """CheckpointError when the ranks have different config.json, or when one without the
+    checkpoint got another version than the others.
 
     Ranks that read checkpoints of their own may see other times of change, hence other files.
     """
-    digest = crc32(json.dumps(origin.files).encode())
-    if group.min(origin.here) == 0 and group.min(digest) != -group.min(-digest):
+    if not _equal(repr(spec), group):
+        raise CheckpointError(
+            f"the ranks read different settings in config.json of {origin.checkpoint}; copy the "
+            "checkpoint of one node to all others that have it"
+        )
+    if group.min(origin.here) == 0 and not _equal(json.dumps(origin.files), group):
         raise CheckpointError(
             f"the ranks have different versions of {origin.checkpoint}, which not every node has; "
             "it was changed or announced meanwhile. Start again, or copy it to every node"
         )
+
+
+def _equal(text: str, group: ParallelGroup) -> bool:
+    """On all ranks."""
+    digest = crc32(text.encode())
+    return group.min(digest) == -group.min(-digest)
 
 
 def block_size_of(config: EngineConfig, device: str) -> int:

@@ -103,6 +103,9 @@ def run_rank(rank: int, jobs: list[Job], prompts: list[list[int]], cache: Path, 
             continue
         engine = Engine(config, PipelineExecutor(config, group))
         results.append((engine.info, *everything(engine, prompts)))
+        engine.add(_request("in flight", prompts[0], max_tokens=8))
+        engine.add(_request("too", prompts[1], max_tokens=8))
+        engine.step()
         engine.close()
     if rank == 0:
         out.write_bytes(pickle.dumps(results))

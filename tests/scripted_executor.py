@@ -77,6 +77,7 @@ class ScriptedExecutor:
         return StepResult(np.array(sampled, dtype=np.int32), invalid=invalid)
 
     def close(self) -> None:
+        assert not self._launched, "steps are in flight"
         self.closed = True
 
     def _write_and_read(self, batch: Batch) -> list[list[int]]:

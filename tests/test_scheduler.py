@@ -397,6 +397,17 @@ def test_a_request_id_in_use_is_refused() -> None:
         engine.add(request("a", [2]))
 
 
+def test_what_is_in_flight_is_computed_before_the_ranks_are_released() -> None:
+    engine = make_engine(num_stages=3, max_num_batched_tokens=8)
+    engine.add(request("a", list(range(30))))
+    engine.step()
+    executor = engine.executor
+    assert isinstance(executor, ScriptedExecutor)
+    assert executor.num_in_flight == 2
+    engine.close()
+    assert executor.closed
+
+
 def test_abort_frees_everything_at_once() -> None:
     engine = make_engine(num_blocks=16, max_num_seqs=2)
     for name in "abc":

@@ -1,6 +1,9 @@
 """Copies of a checkpoint's settings: whole ones only, nowhere but where they belong."""
 
+import os
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray.exceptions import RayTaskError
@@ -8,8 +11,11 @@ from ray.exceptions import RayTaskError
 from engine.errors import ConfigError
 from engine.ray_weights import _reason
 from engine.weights import settings
+from engine.weights.cache import WeightCache
+from engine.weights.own_directory import SCRATCH_LEFT_S
 from engine.weights.peers import PeerError
 from engine.weights.settings import SettingsCopies
+from tests.test_weight_cache import KEY, NO_LIMIT, Maker
 
 ID = "0123456789abcdef"
 CONTENTS = {"config.json": b"{}", "tokenizer.json": b"[]"}
@@ -97,9 +103,19 @@ def test_an_id_that_is_none_leads_nowhere(copies: SettingsCopies, settings_id: s
         copies.find("/models/m", settings_id)
 
 
+def test_what_a_killed_process_left_is_deleted_with_what_the_cache_deletes(cache: Path) -> None:
+    for name, age in (("unfinished-old", 2 * SCRATCH_LEFT_S), ("unfinished-new", 0)):
+        (cache / name / "m.settings").mkdir(parents=True)
+        then = time.time() - age
+        os.utime(cache / name, (then, then))
+    WeightCache(cache, NO_LIMIT).load("m", KEY, Maker())
+    assert [path.name for path in cache.glob("unfinished-*")] == ["unfinished-new"]
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [(MemoryError(), "MemoryError"), (OSError("gone\nsince noon"), "OSError: gone")],
 )
 def test_a_sender_s_error_in_one_line(error: Exception, reason: str) -> None:
-    assert _reason(RayTaskError("_send_file", "its stack", error)) == reason
+    failed: Any = RayTaskError
+    assert _reason(failed("_send_file", "its stack", error)) == reason

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from engine.errors import CheckpointError, ConfigError
 from engine.weights.cache import WeightCache
-from engine.weights.own_directory import SCRATCH_LEFT_S
 from engine.weights.packed_file import ALIGNMENT, HEADER_ROOM, Packed
 from kernels.dense_linear import DenseWeight
 
@@ -328,16 +327,6 @@ def test_a_full_disk_loses_what_nobody_uses(
     assert "No space left" in record.getMessage()
     load(directory, make)
     assert make.calls == 2
-
-
-def test_what_a_killed_process_left_of_settings_is_deleted(directory: Path) -> None:
-    directory.mkdir(mode=0o700)
-    for name, age in (("unfinished-old", 2 * SCRATCH_LEFT_S), ("unfinished-new", 0)):
-        (directory / name / "m.settings").mkdir(parents=True)
-        then = time.time() - age
-        os.utime(directory / name, (then, then))
-    load(directory, Maker())
-    assert [path.name for path in directory.glob("unfinished-*")] == ["unfinished-new"]
 
 
 def test_a_directory_that_cannot_be_made_costs_a_warning(

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,13 +14,13 @@ import numpy as np
 import pytest
 
 from engine.errors import CheckpointError
-from engine.weights import cache, cache_entry
+from engine.weights import cache_entry
 from engine.weights.cache import WeightCache
 from engine.weights.cache_entry import CacheEntry, Key, Manifest
-from engine.weights.origin import Origin, settings_files
+from engine.weights.origin import Origin
+from engine.weights.own_directory import create_own
 from engine.weights.packed_file import Packed
 from engine.weights.peers import Parcel, PeerError, Piece
-from engine.worker import check_same
 from tests.test_weight_cache import DEADLINE_S, KEY, NO_LIMIT, Maker, assert_equal, spawn, values
 
 PIECE = 1 << 19  # two to three pieces of a file
@@ -229,14 +228,13 @@ def _join(directory: Path, packed: Path, notes: Path, both_wait: Barrier) -> Non
         yield from pieces
 
     # Both have looked for the file, and found none, before either takes its lock.
-    create = cache.create_own
-
     def create_together(directory: Path) -> None:
-        create(directory)
+        create_own(directory)
         both_wait.wait(DEADLINE_S)
 
-    cache.create_own = create_together
-    load(directory, DiskPeer(packed, note))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.weights.cache.create_own", create_together)
+        load(directory, DiskPeer(packed, note))
 
 
 def test_two_that_join_fetch_once(packed: Path, directory: Path, tmp_path: Path) -> None:
@@ -342,53 +340,3 @@ def test_a_maker_that_works_is_waited_for(
     assert make.calls == 1
     assert looks >= 50
     assert caplog.records == []
-
-
-class Neighbour:
-    """A group of two whose other rank gives these values in turn."""
-
-    def __init__(self, *values: int) -> None:
-        self._values = list(values)
-
-    def min(self, value: int) -> int:
-        return min(value, self._values.pop(0))
-
-
-def digest(origin: Origin) -> int:
-    return zlib.crc32(json.dumps(origin.files).encode())
-
-
-@pytest.mark.parametrize(
-    ("ours_here", "theirs_here", "same", "starts"),
-    [
-        (True, False, True, True),
-        (False, True, True, True),
-        (True, False, False, False),
-        (False, True, False, False),
-        (False, False, False, False),
-        (True, True, False, True),  # each read its own; only the times of change differ
-    ],
-)
-def test_ranks_without_a_checkpoint_must_have_the_others_version(
-    ours_here: bool, theirs_here: bool, same: bool, starts: bool
-) -> None:
-    ours = Origin("/model", [["model.safetensors", 10, 20]], Path("/model"), "id", ours_here)
-    theirs = digest(ours) if same else digest(ours) + 1
-    group = Neighbour(theirs_here, theirs, -theirs)
-    if starts:
-        check_same(ours, group)  # type: ignore[arg-type]
-    else:
-        with pytest.raises(CheckpointError, match="different versions of /model"):
-            check_same(ours, group)  # type: ignore[arg-type]
-
-
-def test_an_index_alone_is_no_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors.index.json").touch()
-    (tmp_path / "config.json").touch()
-    assert not Origin.at(tmp_path).has_weights
-    assert [path.name for path in settings_files(tmp_path)] == ["config.json"]
-    before = Origin.at(tmp_path)
-    (tmp_path / "model-00001-of-00001.safetensors").touch()
-    after = Origin.at(tmp_path)
-    assert after.has_weights
-    assert before.settings_id == after.settings_id
