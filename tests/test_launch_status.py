@@ -145,5 +145,5 @@ def test_nohup_is_respected() -> None:
 def test_more_replicas_than_gpus_are_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 1.0})
     cluster._check_gpus(make_plan(device=device))
-    with pytest.raises(ConfigError, match="2 replicas of tp 1 .* need 2 GPUs .* has 1"):
+    with pytest.raises(ConfigError, match=r"2 replicas of tp 1 .* need 2 GPUs .* has 1"):
         cluster._check_gpus(make_plan(device=device, num_replicas=2))
