@@ -1,6 +1,7 @@
 """One engine, several consumers: each sees its own outputs, and leaves nothing running behind."""
 
 import asyncio
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -36,7 +37,9 @@ class Consumers:
     def take(self, consumer: str, *names: str) -> dict[str, SequenceOutput]:
         """Everything the consumer gets until all of `names` have ended."""
         found: dict[str, SequenceOutput] = {}
+        deadline = time.monotonic() + 30
         while not all(name in found and found[name].finish_reason for name in names):
+            assert time.monotonic() < deadline
             for output in self.batcher.take(consumer)[0]:
                 earlier = found.setdefault(output.request_id, output)
                 if earlier is not output:
@@ -175,12 +178,15 @@ def test_a_silent_consumer_is_given_up_and_told_so(monkeypatch: pytest.MonkeyPat
         pollers.enter("silent")
         pollers.enter("alive")
         owner = asyncio.ensure_future(pollers.wait(OWNER))
-        while not lost:
-            await pollers.wait("alive")
+        async with asyncio.timeout(30):
+            while not lost:
+                await pollers.wait("alive")
         assert lost == ["silent"]
         with pytest.raises(EngineDeadError, match="heard nothing"):
             await pollers.wait("silent")
         assert not owner.done()
+        with pytest.raises(AssertionError, match="next poll follows"):
+            await pollers.wait(OWNER)
         assert pollers.leave("alive")
         assert not pollers.leave("alive")
         pollers.wake({OWNER, "alive"})

@@ -31,7 +31,7 @@ from serve_app.app import build_app
 from serve_app.app_args import AppArgs
 from tests.conftest import MODEL_NAME
 from tests.test_engine import greedy, prompts, request
-from tests.test_weight_cache import KEY, NO_LIMIT
+from tests.test_weight_cache import DEADLINE_S, KEY, NO_LIMIT
 from tests.test_weight_peers import no_checkpoint
 from tests.tiny_models import tiny_model
 
@@ -73,11 +73,11 @@ def start(node_id: str, config: EngineConfig) -> Any:
 
 
 def answer(actor: Any, index: int) -> list[int]:
-    ray.get(actor.submit.remote([request("r", prompts()[index])]))
+    ray.get(actor.submit.remote([request("r", prompts()[index])]), timeout=DEADLINE_S)
     token_ids: list[int] = []
     while True:
         output: SequenceOutput
-        for output in ray.get(actor.poll.remote())[0]:
+        for output in ray.get(actor.poll.remote(), timeout=DEADLINE_S)[0]:
             token_ids += output.token_ids
             if output.finish_reason:
                 return token_ids
@@ -89,7 +89,9 @@ def head_id() -> str:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
     while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
@@ -100,13 +102,13 @@ def test_engines_start_on_a_node_without_the_checkpoint(
     model = tmp_path / "model"
     model.symlink_to(tiny_model("llama").path)
     first, started = start(head_id(), config(model))
-    ray.get(started)
+    ray.get(started, timeout=DEADLINE_S)
     peers = RayPeers(str(model), tmp_path)
     wait_for(lambda: bool(peers._announced()))
     model.unlink()
     engines = [start(joining.node_id, config(model)) for _ in range(2)]
     for actor, started in engines:
-        ray.get(started)
+        ray.get(started, timeout=DEADLINE_S)
         assert answer(actor, 3) == greedy(3)
     wait_for(lambda: len(peers._announced()) == 2)
     ray.kill(first)
@@ -125,7 +127,7 @@ def test_a_replica_serves_where_the_checkpoint_is_not(
     args = AppArgs(engine=engine | {"session_len": 128}, model_name=MODEL_NAME, cpus_per_rank=5)
     app = build_app(args)
     first, started = start(head_id(), args.engine_config())
-    ray.get(started)
+    ray.get(started, timeout=DEADLINE_S)
     wait_for(lambda: bool(RayPeers(str(model), tmp_path)._announced()))
     ray.kill(first)
     model.unlink()
