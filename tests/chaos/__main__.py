@@ -48,7 +48,8 @@ def _arguments() -> argparse.Namespace:
 
 async def _run(args: argparse.Namespace, directory: Path, run_dir: Path) -> dict[str, Any]:
     # Not at the top: Ray reads the environment that main has set.
-    from tests.chaos.faults import FAULTS
+    from serve_app.async_engine import BLAME_DEATHS
+    from tests.chaos.faults import FAULTS, KILLING
     from tests.chaos.load import Load, make_bodies
     from tests.chaos.site import NotRecoveredError, Site
     from tests.tiny_models import write_servable_model
@@ -63,10 +64,12 @@ async def _run(args: argparse.Namespace, directory: Path, run_dir: Path) -> dict
     asking = asyncio.ensure_future(load.run(rng))
     await asyncio.sleep(1)  # until streams are open
     happened: list[str] = []
+    num_killed = 0  # faults that end an engine
     started = time.monotonic()
     failure = ""
     for name in _names(args, rng, sorted(FAULTS)):
         what = await FAULTS[name](site, load, rng)
+        num_killed += name in KILLING
         since = time.monotonic()
         await asyncio.sleep(rng.uniform(0.3, 2))  # sometimes before anybody has noticed
         try:
@@ -84,13 +87,16 @@ async def _run(args: argparse.Namespace, directory: Path, run_dir: Path) -> dict
     left = await asyncio.to_thread(site.close)
     count = load.count
     return {
-        "clean": count.complete > 0 and not (failure or count.wrong or count.lost or leaks or left),
+        "clean": count.complete > 0
+        and count.blamed * BLAME_DEATHS <= num_killed
+        and not (failure or count.wrong or count.lost or leaks or left),
         "seconds": round(time.monotonic() - started),
         "complete": count.complete,
         "resumed": count.resumed,
         "streams refused": count.refused,
         "whole answers refused": count.refused_whole,
         "asked again after the proxy's death": count.entrance,
+        "blamed for the death of engines": count.blamed,
         "wrong": count.wrong,
         "lost": count.lost,
         "leaks": leaks,
