@@ -63,14 +63,11 @@ def table(summary: dict[str, Any]) -> Table:
     happened = Counter(
         re.sub(r"^[\d.]+ s: | \d.*", "", fault.split(",")[0]) for fault in summary["faults"]
     )
-    return Table(
-        title="Faults at random under clients that compare every token",
-        columns=["", ""],
-        rows=[*rows, *([f"faults: {name}", number] for name, number in happened.most_common())],
-    )
+    rows += [[f"faults: {name}", number] for name, number in happened.most_common()]
+    return Table("Faults at random under clients that compare every token", ["", ""], rows)
 
 
-async def _run(args: argparse.Namespace, directory: Path, run_dir: Path) -> dict[str, Any]:
+def _run(args: argparse.Namespace, directory: Path, run_dir: Path) -> dict[str, Any]:
     # Not at the top: Ray reads the environment that main has set.
     from serve_app.async_engine import BLAME_DEATHS
     from tests.chaos.faults import FAULTS, KILLING
