@@ -67,7 +67,7 @@ def table(summary: dict[str, Any]) -> Table:
     return Table("Faults at random under clients that compare every token", ["", ""], rows)
 
 
-def _run(args: argparse.Namespace, directory: Path, run_dir: Path) -> dict[str, Any]:
+async def _run(args: argparse.Namespace, directory: Path, run_dir: Path) -> dict[str, Any]:
     # Not at the top: Ray reads the environment that main has set.
     from serve_app.async_engine import BLAME_DEATHS
     from tests.chaos.faults import FAULTS, KILLING
