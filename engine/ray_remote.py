@@ -4,11 +4,12 @@ It looks like an EngineGroup, except that stopping it only leaves: the engine be
 replica that started it, and ends with that one.
 """
 
+import asyncio
 from dataclasses import dataclass
 from uuid import uuid4
 
 from engine.executor import EngineInfo
-from engine.ray_group import Actor, EngineGroup
+from engine.ray_group import Actor, EngineGroup, reply
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,18 +23,25 @@ class EngineRef:
 
 def reference(group: EngineGroup) -> EngineRef:
     """What other replicas need to join a group."""
-    rank_0 = group.rank_0
-    return EngineRef(rank_0._actor_id.hex(), rank_0, group.info)
+    return EngineRef(group.engine_id, group.rank_0, group.info)
 
 
 class RemoteGroup(EngineGroup):
-    """An engine that several replicas use. A poll that fails tells of its death."""
+    """An engine that several replicas use. A poll that fails tells of its death.
+
+    Until `is_joined` it may have been dead before.
+    """
 
     def __init__(self, engine: EngineRef) -> None:
         super().__init__([engine.rank_0], engine.info)
         self.consumer = uuid4().hex
-        # No answer is awaited: calls reach an actor in the order they are made.
-        engine.rank_0.enter.remote(self.consumer)
+        self.is_joined = False
+        # Nobody waits for the answer: calls reach an actor in the order they are made.
+        entering = asyncio.ensure_future(reply(engine.rank_0.enter.remote(self.consumer)))
+        entering.add_done_callback(self._on_entered)
+
+    def _on_entered(self, entering: "asyncio.Task[None]") -> None:
+        self.is_joined = not entering.cancelled() and entering.exception() is None
 
     def stop(self) -> None:
         """Leave: what is open ends there, and nobody else's sequences are touched."""

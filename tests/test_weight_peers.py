@@ -323,7 +323,7 @@ def digest(origin: Origin) -> int:
 def test_ranks_without_a_checkpoint_must_have_the_others_version(
     ours_here: bool, theirs_here: bool, same: bool, starts: bool
 ) -> None:
-    ours = Origin("/model", [["model.safetensors", 10, 20]], Path("/model"), "id", ours_here)
+    ours = Origin("/model", [["model.safetensors", 10, 20]], Path("/model"), "id", "", ours_here)
     theirs = digest(ours) if same else digest(ours) + 1
     group = Neighbour(theirs_here, theirs, -theirs)
     if starts:
