@@ -133,16 +133,19 @@ def make_model(group: StubGroup, checkpoint: Path) -> ServedModel:
     return ServedModel(spec, 0, tokenizer, engines_of(engine, metrics), metrics)
 
 
+def app_of(models: Models) -> FastAPI:
+    async def end() -> None:
+        models.stop()
+
+    return create_http_app(models, end)
+
+
 @asynccontextmanager
 async def served(checkpoint: Path) -> AsyncIterator[tuple[StubGroup, FastAPI]]:
     """The application over a stub; its lifespan runs as in a replica."""
     group = StubGroup()
     models = Models(make_model(group, checkpoint))
-
-    async def end() -> None:
-        models.stop()
-
-    app = create_http_app(models, end)
+    app = app_of(models)
     async with app.router.lifespan_context(app):
         yield group, app
 

@@ -9,7 +9,8 @@ from engine.outputs import EngineStats, SequenceOutput
 from serve_app import async_engine, finder
 from serve_app.finder import OtherVersionError
 from serve_app.open_request import OpenRequest
-from tests.test_engines import DEATH, HASHES, INFO, PROMPT, World, entry, request, world
+from tests.stub_engine import INFO
+from tests.test_engines import DEATH, HASHES, PROMPT, World, entry, request, world
 
 
 async def taken(opened: OpenRequest) -> SequenceOutput:
