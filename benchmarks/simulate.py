@@ -27,6 +27,7 @@ from benchmarks.plots import save_plot
 from benchmarks.record import Table, save, show
 from benchmarks.simulated_fleet import Fleet, Outcome, Slo
 from benchmarks.simulated_replica import Gpu
+from benchmarks.simulated_router import Router
 from benchmarks.traffic import Arrival, Traffic, generate, read_trace
 from serve_app.replica_count import AUTOSCALING
 
@@ -43,6 +44,7 @@ COLUMNS = [
     "goodput, requests/s",
     "TTFT p50, s",
     "TTFT p99, s",
+    "prompt tokens cached, %",
     "replica seconds per million tokens",
     "replicas, mean",
     "replicas, most",
@@ -57,12 +59,14 @@ class Case:
     scaling: dict[str, Any]
     policy: dict[str, Any]
     start_s: float = START_S
+    cache_aware_routing: bool = False
 
     def fleet(self, quantum: int) -> Fleet:
         bounds = {"min_replicas": 1, "max_replicas": MAX_REPLICAS, "initial_replicas": 2}
         policy = AUTOSCALING["policy"] | {"policy_kwargs": self.policy}
         scaling = AUTOSCALING | bounds | self.scaling | {"policy": policy}
-        return Fleet(scaling, gpu=Gpu(), quantum=quantum, start_s=self.start_s)
+        router = Router(quantum, seed=0) if self.cache_aware_routing else None
+        return Fleet(scaling, gpu=Gpu(), quantum=quantum, start_s=self.start_s, router=router)
 
 
 def fixed(number: int) -> Case:
@@ -72,6 +76,7 @@ def fixed(number: int) -> Case:
 
 CASES = [
     Case("defaults", {}, {}),
+    Case("defaults, cache-aware routing", {}, {}, cache_aware_routing=True),
     *[Case(f"utilization {share}", {}, {"utilization": share}) for share in (0.5, 0.9)],
     *[Case(f"drain_s {seconds:g}", {}, {"drain_s": seconds}) for seconds in (2.0, 30.0)],
     *[Case(f"downscale_delay_s {s}", {"downscale_delay_s": s}, {}) for s in (10, 30, 120)],
@@ -158,6 +163,7 @@ def _figures(outcomes: list[Outcome]) -> list[float]:
         met / seconds,
         statistics.median(waits),
         waits[len(waits) * 99 // 100],
+        100 * statistics.mean(outcome.cached for outcome in outcomes),
         replica_seconds / tokens * 1e6,
         replica_seconds / seconds,
         max(sample[1] for outcome in outcomes for sample in outcome.samples),
@@ -168,7 +174,7 @@ def _plot_trade_off(figure: Any, rows: list[list[str | float]]) -> None:
     axes = figure.subplots()
     for (name, met, *others), marker in zip(rows, itertools.cycle("osD^v<>P*Xph"), strict=False):
         color = "black" if "fixed" in str(name) else None  # None: the next of the cycle
-        axes.scatter(others[3], met, color=color, marker=marker, s=50, label=name)
+        axes.scatter(others[4], met, color=color, marker=marker, s=50, label=name)
     figure.legend(loc="outside right upper", fontsize=8)
     axes.set_xlabel("replica seconds per million tokens")
     axes.set_ylabel("requests within the SLO, %")

@@ -1,9 +1,10 @@
-"""A fleet in simulated time: arrivals, a balancer, Serve's control loop around the real policy.
+"""A fleet in simulated time: arrivals, routing, Serve's control loop around the real policy.
 
 What is real: Scheduler, BlockManager, admission, LoadMeter, QueueDepthPolicy and the delays that
 Serve puts on its answer. What is a formula: the GPU (simulated_replica.Gpu) and how long a replica
 takes to start. What is simple: requests go to the replica with the fewest open ones, as HAProxy's
-leastconn does; a scale-down takes the youngest replicas, which end what they have.
+leastconn does, unless a Router chooses; a scale-down takes the youngest replicas, which end what
+they have.
 """
 
 import heapq
@@ -18,7 +19,8 @@ from typing import Any
 from ray.serve.autoscaling_policy import _apply_delay_logic
 from ray.serve.config import AutoscalingConfig
 
-from benchmarks.simulated_replica import Gpu, Request, SimulatedReplica
+from benchmarks.simulated_replica import Gpu, Request, SimulatedReplica, prompt
+from benchmarks.simulated_router import Router
 from benchmarks.traffic import Arrival
 from serve_app.autoscaling import QueueDepthPolicy, ReplicaLoad
 
@@ -46,6 +48,7 @@ class Outcome:
     requests: list[Request]
     replica_seconds: float
     seconds: float  # until the last request ended
+    cached: float  # share of prompt tokens found in a prefix cache
     samples: list[tuple[float, int, int, int]] = field(default_factory=list)
     # of which each is (time, replicas decided, replicas running, requests open)
 
@@ -53,10 +56,19 @@ class Outcome:
 class Fleet:
     """One run. `scaling` is a deployment's autoscaling_config; equal bounds are a fixed number."""
 
-    def __init__(self, scaling: dict[str, Any], *, gpu: Gpu, quantum: int, start_s: float) -> None:
+    def __init__(
+        self,
+        scaling: dict[str, Any],
+        *,
+        gpu: Gpu,
+        quantum: int,
+        start_s: float,
+        router: Router | None = None,
+    ) -> None:
         self._config = AutoscalingConfig(**scaling)
         self._policy = QueueDepthPolicy(**self._config.policy.policy_kwargs)
         self._gpu, self._quantum, self._start_s = gpu, quantum, start_s
+        self._router = router
         self._replicas: list[SimulatedReplica] = []  # not draining, the oldest first
         self._stopped: list[SimulatedReplica] = []
         self._balance: list[tuple[int, int, SimulatedReplica]] = []  # may hold outdated counts
@@ -72,7 +84,7 @@ class Fleet:
             self._start(-start_s)
 
     def run(self, arrivals: Sequence[Arrival]) -> Outcome:
-        requests = [Request(arrival) for arrival in arrivals]
+        requests = [Request(arrival, prompt(arrival, self._quantum)) for arrival in arrivals]
         pending = deque(requests)
         self._push(0.0, None)
         now = 0.0
@@ -95,7 +107,7 @@ class Fleet:
         everyone = [*self._replicas, *self._stopped]
         seconds = sum((now if r.stopped_at is None else r.stopped_at) - max(0.0, r.started_at)
                       for r in everyone)  # fmt: skip
-        return Outcome(requests, seconds, now, self._samples)
+        return Outcome(requests, seconds, now, _cached(everyone), self._samples)
 
     # -- requests -----------------------------------------------------------------------------
 
@@ -105,14 +117,20 @@ class Fleet:
         self._deliver(now)
 
     def _deliver(self, now: float) -> None:
-        """Hand what is held to the replicas with the fewest open requests, if any runs."""
-        while self._held and (replica := self._least_open()) is not None:
+        """Hand what is held to replicas, if any runs."""
+        while self._held and (replica := self._chosen(self._held[0], now)) is not None:
             request = self._held.popleft()
             replica.add(request, now)
             self._num_open -= request.refused
             self._enter(replica)
             if not replica.busy and replica.open:
                 self._push(replica.begin_step(now), replica)
+
+    def _chosen(self, request: Request, now: float) -> SimulatedReplica | None:
+        if self._router is None:
+            return self._least_open()
+        running = [replica for replica in self._replicas if replica.ready_at <= now]
+        return self._router.choose(request, running) if running else None
 
     def _least_open(self) -> SimulatedReplica | None:
         while self._balance:
@@ -122,7 +140,8 @@ class Fleet:
         return None
 
     def _enter(self, replica: SimulatedReplica) -> None:
-        heapq.heappush(self._balance, (len(replica.open), next(self._order), replica))
+        if self._router is None:
+            heapq.heappush(self._balance, (len(replica.open), next(self._order), replica))
 
     def _continue(self, replica: SimulatedReplica, now: float) -> None:
         if replica.open:
@@ -140,6 +159,8 @@ class Fleet:
         if now - self._reported >= self._config.metrics_interval_s - 1e-9:
             self._reported = now
             self._loads = {id(replica): replica.load(now) for replica in running}
+        if self._router is not None:
+            self._router.tell(running, now)
         target = len(self._replicas)
         if running:
             wanted = self._decide(running, target, now)
@@ -176,7 +197,9 @@ class Fleet:
         return number
 
     def _start(self, now: float) -> None:
-        replica = SimulatedReplica(self._gpu, self._quantum, now + self._start_s, now)
+        replica = SimulatedReplica(
+            f"replica {next(self._order)}", self._gpu, self._quantum, now + self._start_s, now
+        )
         self._replicas.append(replica)
         self._push(max(0.0, replica.ready_at), replica)
 
@@ -196,3 +219,9 @@ class Fleet:
 
     def _push(self, at: float, replica: SimulatedReplica | None) -> None:
         heapq.heappush(self._events, (at, next(self._order), replica))
+
+
+def _cached(replicas: Sequence[SimulatedReplica]) -> float:
+    stats = [replica.stats() for replica in replicas]
+    looked_up = sum(each.prefix_cache_queries for each in stats)
+    return sum(each.prefix_cache_hits for each in stats) / max(1, looked_up)

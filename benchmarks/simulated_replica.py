@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from benchmarks.traffic import Arrival
-from engine.batcher import queue_full
+from engine.batcher import MAX_PREFIXES, queue_full
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig
-from engine.outputs import StepResult
+from engine.outputs import EngineStats, StepResult
 from engine.sampling_params import SamplingParams
 from engine.scheduled_batch import ScheduledBatch
 from engine.scheduler import Scheduler
@@ -58,6 +58,7 @@ class Request:
     """An arrival and what became of it; times in seconds of the simulation."""
 
     arrival: Arrival
+    token_ids: list[int]  # one for every unit of the prompt
     first_token: float = float("inf")
     end: float = float("inf")
     refused: bool = False
@@ -67,6 +68,7 @@ class Request:
 class SimulatedReplica:
     """Loads until `ready_at`; `step` whenever the last one has ended."""
 
+    name: str
     gpu: Gpu
     quantum: int
     ready_at: float
@@ -116,11 +118,17 @@ class SimulatedReplica:
         name = str(self._num_requests)
         self.open[name] = request
         params = SamplingParams(
-            max_tokens=self._units(request.arrival.output_tokens), ignore_eos=True, temperature=0.0
+            max_tokens=num_units(request.arrival.output_tokens, self.quantum),
+            ignore_eos=True,
+            temperature=0.0,
         )
-        prompt = self._prompt(request.arrival)
         scheduler.add(
-            EngineRequest(request_id=name, prompt_token_ids=prompt, params=params, arrival_time=now)
+            EngineRequest(
+                request_id=name,
+                prompt_token_ids=request.token_ids,
+                params=params,
+                arrival_time=now,
+            )
         )
 
     def begin_step(self, now: float) -> float:
@@ -152,21 +160,29 @@ class SimulatedReplica:
             self.open.pop(name).end = now
         return len(ended)
 
+    def stats(self) -> EngineStats:
+        return self._scheduler.stats()
+
+    def cached_prefixes(self) -> list[int]:
+        return self._scheduler.cached_prefixes(MAX_PREFIXES)
+
     def load(self, now: float) -> ReplicaLoad:
         waits = (now - seq.request.arrival_time for seq in self._scheduler.waiting)
-        stats = replace(self._scheduler.stats(), oldest_waiting_s=next(waits, 0.0))
+        stats = replace(self.stats(), oldest_waiting_s=next(waits, 0.0))
         load = self._meter.read(stats, len(self.open), now)
         tokens = load.waiting_tokens * self.quantum
         drained = load.drained_tokens_per_s * self.quantum
         return replace(load, waiting_tokens=tokens, drained_tokens_per_s=drained)
 
-    def _units(self, tokens: int) -> int:
-        return max(1, -(-tokens // self.quantum))
 
-    def _prompt(self, arrival: Arrival) -> list[int]:
-        """Ids that only requests of the same prefix share."""
-        shared = arrival.prefix_tokens // self.quantum
-        own = max(1, self._units(arrival.prompt_tokens) - shared)
-        first = 0 if arrival.prefix_id is None else arrival.prefix_id * 10_000
-        start = OWN_IDS + next(_numbers) * OWN_IDS % 2**30
-        return [*range(first, first + shared), *range(start, start + own)]
+def num_units(tokens: int, quantum: int) -> int:
+    return max(1, -(-tokens // quantum))
+
+
+def prompt(arrival: Arrival, quantum: int) -> list[int]:
+    """Ids that only requests of the same prefix share."""
+    shared = arrival.prefix_tokens // quantum
+    own = max(1, num_units(arrival.prompt_tokens, quantum) - shared)
+    first = 0 if arrival.prefix_id is None else arrival.prefix_id * 10_000
+    start = OWN_IDS + next(_numbers) * OWN_IDS % 2**30
+    return [*range(first, first + shared), *range(start, start + own)]

@@ -61,7 +61,8 @@ class EngineStats:
     num_waiting: int = 0
     num_waiting_tokens: int = 0
     oldest_waiting_s: float = 0.0  # how long the first has waited that has no token yet
-    num_admitted: int = 0  # sequences scheduled for the first time
+    num_arrived: int = 0  # sequences taken in
+    num_admitted: int = 0  # of those, scheduled at least once
     kv_cache_usage: float = 0.0  # share of blocks referenced, 0 to 1
     num_preemptions: int = 0
     prefix_cache_queries: int = 0  # tokens looked up

@@ -87,6 +87,7 @@ class Scheduler:
                 f"{seq.max_output_tokens} tokens can be generated",
                 "min_tokens",
             )
+        self._counters["num_arrived"] += 1
         self._sequences[request.request_id] = seq
         self.waiting.append(seq)
         self.num_waiting_tokens += seq.num_tokens
@@ -310,6 +311,7 @@ class Scheduler:
 
 
 _COUNTERS = (
+    "num_arrived",
     "num_admitted",
     "num_preemptions",
     "prefix_cache_queries",

@@ -54,16 +54,16 @@ class LoadMeter:
         if last_time is None or now <= last_time or stats.num_steps < last.num_steps:
             return  # the first call, or the clock was set, or another engine counts from zero
         seconds = now - last_time
-        admitted = stats.num_admitted - last.num_admitted
-        arrived = admitted + stats.num_waiting - last.num_waiting
+        arrived = stats.num_arrived - last.num_arrived
         share = -math.expm1(-seconds / ARRIVALS_S)
-        self._arrived_per_s += share * (max(0, arrived) / seconds - self._arrived_per_s)
+        self._arrived_per_s += share * (arrived / seconds - self._arrived_per_s)
         if not had_waited or not self._waited:
             return
         kept = math.exp(-(now - self._measured_at) / MEMORY_S)
         self._measured_at = now
         self._seconds = self._seconds * kept + seconds
         # Not those admitted: free slots fill at once, and say nothing of what comes after.
+        admitted = stats.num_admitted - last.num_admitted
         ended = admitted - (stats.num_running - last.num_running)
         self._sequences = self._sequences * kept + ended
         tokens = stats.num_prompt_tokens - last.num_prompt_tokens

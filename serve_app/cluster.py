@@ -75,7 +75,12 @@ def _options(verbose: bool) -> dict[str, Any]:
 def _check_gpus(plan: LaunchPlan) -> None:
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     num_gpus = int(resources.get("GPU", 0))
-    wanted = sum(model.num_ranks for model in plan.models if model.engine.device == "cuda")
+    engines = [with_device(model.engine, num_gpus) for model in plan.models]
+    wanted = sum(
+        model.num_ranks
+        for model, engine in zip(plan.models, engines, strict=True)
+        if engine.device == "cuda"
+    )
     if num_gpus < wanted:
         raise ConfigError(
             f"{plan.num_replicas} replicas of tp {plan.engine.tp} and pp {plan.engine.pp} need "

@@ -6,12 +6,22 @@ Engine errors become ApiErrors here and nowhere else.
 """
 
 import json
+import logging
 
 from starlette.responses import Response
 
-from engine.errors import EngineDeadError, InvalidRequestError, MantaError, QueueFullError
+from engine.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineDeadError,
+    InvalidRequestError,
+    MantaError,
+    QueueFullError,
+)
 from serve_app.async_engine import ShuttingDownError
 from serve_app.event_ids import ResumeError
+
+logger = logging.getLogger("ray.serve")
 
 RESTART_S = 5  # Retry-After while Serve restarts a replica; one took 2.3 to 4.9 s
 SHOWN = 60  # characters of an offending value
@@ -83,6 +93,9 @@ def from_engine(error: MantaError) -> ApiError:
         return _unavailable("this server is shutting down", "shutting_down")
     if isinstance(error, EngineDeadError):  # why is for the replica's log: it names hosts and paths
         return _unavailable("the engine stopped and is being restarted", "engine_dead")
+    if isinstance(error, ConfigError | CheckpointError):  # names paths too
+        logger.error("a model cannot be served: %s", error)
+        return ApiError(500, "this model cannot be served; its log says why", kind="server_error")
     return ApiError(500, str(error), kind="server_error")
 
 

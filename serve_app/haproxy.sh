@@ -20,14 +20,16 @@
 # An HAProxy that outlived the actor which started it holds the port: the next one takes over from it,
 # and its streams go on.
 
-unavailable=$(dirname "$0")/unavailable.http
 not_ours="{ status 500 } !{ res.hdr(content-type) -m beg application/json }"
-rule="http-response return status 503 errorfile $unavailable if $not_ours"
 previous=
 reload=
 orphans=
 for argument in "$@"; do
     if [ "$previous" = -f ]; then
+        # Beside the configuration, whose directory is ours: a path of the user's may hold spaces.
+        unavailable=$(dirname "$argument")/unavailable.http
+        cp "$(dirname "$0")/unavailable.http" "$unavailable" || exit 1
+        rule="http-response return status 503 errorfile $unavailable if $not_ours"
         # "bind :9101" and "bind *:8404"; a frontend's line names its host
         sed -i -e 's/^\( *bind \)\**:\([0-9]\)/\1127.0.0.1:\2/' \
             -e 's/^\( *option \)splice-request$/\1http-buffer-request/' \

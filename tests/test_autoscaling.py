@@ -262,6 +262,7 @@ def test_a_meter_measures_what_arrives_and_what_ends_while_sequences_wait() -> N
             num_waiting=step,
             num_waiting_tokens=20 * step,
             oldest_waiting_s=0.7,
+            num_arrived=3 * step,
             num_admitted=2 * step,
             num_prompt_tokens=40 * step,
             num_steps=step,

@@ -17,6 +17,7 @@ from ray.serve.schema import (
     ServeStatus,
 )
 
+from engine.errors import ConfigError
 from serve_app import cluster, launch, serve_instance
 from serve_app.cluster import LaunchError
 from serve_app.deploy_status import failure, waiting_for
@@ -138,3 +139,11 @@ def test_nohup_is_respected() -> None:
     command = f"trap '' HUP; exec {sys.executable} -c '{script}'"
     answer = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
     assert answer.stdout.split() == ["[True,", "False,", "False]"]
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_more_replicas_than_gpus_are_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 1.0})
+    cluster._check_gpus(make_plan(device=device))
+    with pytest.raises(ConfigError, match=r"2 replicas of tp 1 .* need 2 GPUs .* has 1"):
+        cluster._check_gpus(make_plan(device=device, num_replicas=2))

@@ -1,6 +1,7 @@
 """The simulated fleet: nothing is lost, coarse steps tell what fine ones do, load is followed."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,15 @@ def test_replicas_follow_a_burst_and_leave_after_it() -> None:
     assert max(targets.values()) > 4
     assert list(targets.values())[-1] == 1
     assert sum(SLO.met(request) for request in outcome.requests[-30:]) == 30
+
+
+def test_routing_keeps_equal_beginnings_together() -> None:
+    """Every beginning comes twice: by chance one in three meets the other."""
+    arrivals = [Arrival(i / 20, 1100, 20, i % 151, 1024) for i in range(302)]
+    apart = simulate(fixed(3), arrivals, 16)
+    together = simulate(replace(fixed(3), cache_aware_routing=True), arrivals, 16)
+    assert apart.cached < 0.3 < 0.4 < together.cached
+    assert all(SLO.met(request) for request in together.requests)
 
 
 def test_from_none_the_first_request_waits_for_a_replica() -> None:

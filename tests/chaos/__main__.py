@@ -41,7 +41,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--placement", choices=["node", "ranks"], default="node")
-    parser.add_argument("--faults", default="")
+    parser.add_argument("--faults", default="", help="their names, instead of chance")
     parser.add_argument("--proxy", choices=["haproxy", "python"], default="haproxy")
     return parser.parse_args()
 
@@ -84,7 +84,7 @@ async def _run(args: argparse.Namespace, directory: Path, run_dir: Path) -> dict
     left = await asyncio.to_thread(site.close)
     count = load.count
     return {
-        "clean": not (failure or count.wrong or count.lost or leaks or left),
+        "clean": count.complete > 0 and not (failure or count.wrong or count.lost or leaks or left),
         "seconds": round(time.monotonic() - started),
         "complete": count.complete,
         "resumed": count.resumed,

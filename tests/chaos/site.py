@@ -1,6 +1,6 @@
 """Site: a Ray cluster of several nodes on loopback that serves the tiny model, and its processes.
 
-Ray reads its environment when it is imported, so `prepare` comes before this module's import of it.
+Ray reads its environment when it is imported: set it before this module is.
 """
 
 import asyncio
