@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from uuid import uuid4
 
 from engine.executor import EngineInfo
+from engine.outputs import EngineStats, SequenceOutput
 from engine.ray_group import Actor, EngineGroup, reply
+from engine.sequence import EngineRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +38,22 @@ class RemoteGroup(EngineGroup):
         super().__init__([engine.rank_0], engine.info)
         self.consumer = uuid4().hex
         self.is_joined = False
-        # Nobody waits for the answer: calls reach an actor in the order they are made.
-        entering = asyncio.ensure_future(reply(engine.rank_0.enter.remote(self.consumer)))
-        entering.add_done_callback(self._on_entered)
+        self._entering = asyncio.ensure_future(reply(engine.rank_0.enter.remote(self.consumer)))
+        self._entering.add_done_callback(self._on_entered)
+
+    # The first calls to an actor can overtake each other: seen of submit, which was refused.
+
+    async def submit(self, requests: list[EngineRequest], *, admitted: bool = False) -> None:
+        await asyncio.shield(self._entering)
+        await super().submit(requests, admitted=admitted)
+
+    async def abort(self, request_ids: list[str]) -> None:
+        await asyncio.shield(self._entering)
+        await super().abort(request_ids)
+
+    async def poll(self) -> tuple[list[SequenceOutput], EngineStats]:
+        await asyncio.shield(self._entering)
+        return await super().poll()
 
     def _on_entered(self, entering: "asyncio.Task[None]") -> None:
         self.is_joined = not entering.cancelled() and entering.exception() is None

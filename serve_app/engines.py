@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from engine.ray_remote import EngineRef
 
 LOST_S = 10.0  # an engine that was seen to die but is still told of (it lives) is joined again
+NOTICED_S = 1.0  # its own replica knows by then, and would not give it to who attaches
 
 Join = Callable[["EngineRef"], "EngineGroup"]
 
@@ -198,7 +199,12 @@ class Engines:
         if entry.version != self._version:
             raise OtherVersionError(f"{entry.replica_id} has version {entry.version}")
         self._hear(entry)
-        return None if entry.engine is None or entry.engine.id in self._lost else entry.engine
+        engine = entry.engine
+        if engine is not None and engine.id in self._lost:
+            if time.monotonic() - self._lost[engine.id] < NOTICED_S:
+                return None
+            del self._lost[engine.id]
+        return engine
 
     async def _prefixes(self, group: "EngineGroup") -> list[int]:
         if not self._config.enable_prefix_caching:

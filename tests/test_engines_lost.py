@@ -6,7 +6,7 @@ import pytest
 
 from engine.errors import EngineDeadError, QueueFullError
 from engine.outputs import EngineStats, SequenceOutput
-from serve_app import async_engine, finder
+from serve_app import async_engine, engines, finder
 from serve_app.finder import OtherVersionError
 from serve_app.open_request import OpenRequest
 from tests.stub_engine import INFO
@@ -177,3 +177,18 @@ async def test_who_asks_in_between_changes_nothing(world: World) -> None:
     await world.engines.describe("tiny")
     assert (await world.engines.entry("tiny")).num_waiting_tokens == 0
     assert (await world.engines.describe("tiny")).num_waiting_tokens == 50
+
+
+@world(has_own=False)
+async def test_the_only_engine_is_joined_again_when_its_replica_says_it_lives(
+    world: World,
+) -> None:
+    engines.NOTICED_S, before = 0.0, engines.NOTICED_S
+    world.attached = ["x", "x"]
+    await world.engines.ready()
+    world.engines.open([request("a")])
+    await world.settle()
+    world.joins["x"][0].die(DEATH)  # or it had not heard of this replica for long
+    await world.settle()
+    assert list(world.joins["x"][1].requests) == ["a"]
+    engines.NOTICED_S = before
