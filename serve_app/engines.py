@@ -251,15 +251,12 @@ class Engines:
         """Each different one once: its sequences share what is computed of it."""
         lists = {id(request.prompt_token_ids): request for request in requests}.values()
         different = {tuple(request.prompt_token_ids): request for request in lists}.values()
-        return [
-            Prompt(len(request.prompt_token_ids), self._hashes(request)) for request in different
-        ]
+        return [Prompt(len(each.prompt_token_ids), self._hashes(each)) for each in different]
 
     def _hashes(self, request: EngineRequest) -> list[int]:
         if not self._config.enable_prefix_caching:
             return []
-        token_ids = request.prompt_token_ids
-        return prefix_hashes(token_ids, self.info.block_size, request.cache_salt)
+        return prefix_hashes(request.prompt_token_ids, self.info.block_size, request.cache_salt)
 
     # -- guests -----------------------------------------------------------------------------------
 
