@@ -83,7 +83,7 @@ def _cpu_name() -> str:
 def _command() -> str:
     """As it can be typed again: `python -m module` from the repository root."""
     spec = sys.modules["__main__"].__spec__
-    name = ["-m", spec.name] if spec is not None else [sys.argv[0]]
+    name = ["-m", spec.name.removesuffix(".__main__")] if spec is not None else [sys.argv[0]]
     return " ".join(["python", *name, *sys.argv[1:]])
 
 

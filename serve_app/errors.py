@@ -14,6 +14,7 @@ from engine.errors import (
     CheckpointError,
     ConfigError,
     EngineDeadError,
+    EngineKilledError,
     InvalidRequestError,
     MantaError,
     QueueFullError,
@@ -91,6 +92,8 @@ def from_engine(error: MantaError) -> ApiError:
         )
     if isinstance(error, ShuttingDownError):
         return _unavailable("this server is shutting down", "shutting_down")
+    if isinstance(error, EngineKilledError):
+        return ApiError(500, str(error), kind="server_error", code="engine_killed")
     if isinstance(error, EngineDeadError):  # why is for the replica's log: it names hosts and paths
         return _unavailable("the engine stopped and is being restarted", "engine_dead")
     if isinstance(error, ConfigError | CheckpointError):  # names paths too

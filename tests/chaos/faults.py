@@ -66,3 +66,4 @@ async def redeploy(site: Site, load: Load, rng: random.Random) -> str:
 FAULTS: dict[str, Fault] = {
     each.__name__: each for each in (engine, hang, replica, node, haproxy, manager, scale, redeploy)
 }
+KILLING = {each.__name__ for each in (engine, hang, replica, node)}

@@ -42,6 +42,7 @@ class Count:
     resumed: int = 0  # streams that were cut, each time
     refused: int = 0  # streams told to come back, each time
     refused_whole: int = 0  # whole answers, each time: only when one replica after the other dies
+    blamed: int = 0  # alone in an engine when it died again and again
     entrance: int = 0  # whole answers asked for again because the proxy itself was killed
     wrong: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
@@ -111,6 +112,8 @@ class Load:
                     self.count.refused_whole += 1
                     await asyncio.sleep(0.5)
                     continue
+                if self._is_blamed(response):
+                    continue
                 raise RefusedError(f"{response.status_code}: {response.text}")
             except (httpx.TransportError, RefusedError):
                 if self.proxy_killed < 0 or asked > self.proxy_killed + PROXY_S:
@@ -141,6 +144,8 @@ class Load:
                     return last
                 if response.status_code != 200:
                     await response.aread()
+                    if self._is_blamed(response):
+                        return last
                     raise RefusedError(f"{response.status_code}: {response.text}")
                 event_id = last
                 async for line in response.aiter_lines():
@@ -159,6 +164,13 @@ class Load:
         except httpx.TransportError as error:
             raise CutError(last) from error
         raise CutError(last)
+
+    def _is_blamed(self, response: httpx.Response) -> bool:
+        """Whether it ended because engines died with it; that it did not kill them we know."""
+        if response.status_code != 500 or "engine_killed" not in response.text:
+            return False
+        self.count.blamed += 1
+        return True
 
 
 def _difference(index: int, answer: Answer, expected: Answer) -> str:
