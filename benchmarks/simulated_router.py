@@ -15,7 +15,7 @@ from benchmarks.simulated_replica import BLOCK_TOKENS, Request, SimulatedReplica
 from engine.prefix import prefix_hashes
 from serve_app.directory import INTERVAL_S
 from serve_app.peers import QueueMeter
-from serve_app.routing import Candidate, choose, num_matched
+from serve_app.routing import Candidate, Prompt, choose, num_to_compute
 
 
 @dataclass(slots=True)
@@ -52,17 +52,19 @@ class Router:
         block_tokens = self._block_units * self._quantum
         hashes = prefix_hashes(request.token_ids, self._block_units, None)
         candidates = [self._candidate(own, name) for name in by_name]
-        num_tokens = request.arrival.prompt_tokens
-        found = choose(num_tokens, hashes, candidates, block_size=block_tokens, own=own)
+        prompts = [Prompt(request.arrival.prompt_tokens, hashes)]
+        found = choose(prompts, candidates, block_size=block_tokens, own=own)
         sent = self._sent[own, found.id]
         sent.num_sequences += 1
-        sent.num_tokens += num_tokens - num_matched(hashes, found.prefixes) * block_tokens
+        sent.num_tokens += num_to_compute(prompts, found, block_tokens)
         sent.hashes.update(hashes)
         return by_name[found.id]
 
     def _describe(self, replica: SimulatedReplica) -> Candidate:
         stats = replica.stats()
-        waiting = self._meters[replica.name].read(stats) * self._quantum
+        meter = self._meters[replica.name]
+        meter.read(stats)
+        waiting = meter.num_tokens * self._quantum
         prefixes = frozenset(replica.cached_prefixes())
         return Candidate(replica.name, stats.num_running + stats.num_waiting, waiting, prefixes)
 

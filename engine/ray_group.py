@@ -38,6 +38,7 @@ class EngineGroup:
     """The owner's side of one engine group."""
 
     consumer = OWNER
+    is_joined = True  # the engine has answered
 
     def __init__(self, actors: list[Actor], info: EngineInfo) -> None:
         self.info = info
@@ -47,6 +48,11 @@ class EngineGroup:
     @property
     def rank_0(self) -> Actor:
         return self._actors[0]
+
+    @property
+    def engine_id(self) -> str:
+        """The same in whoever uses this engine, and no other engine's."""
+        return str(self.rank_0._actor_id.hex())
 
     @classmethod
     async def start(cls, config: EngineConfig) -> "EngineGroup":
@@ -94,18 +100,18 @@ class EngineGroup:
 
         No bound of the queue refuses `admitted` ones, which a dead engine had taken in.
         """
-        await _reply(self._actors[0].submit.remote(requests, admitted, self.consumer))
+        await reply(self._actors[0].submit.remote(requests, admitted, self.consumer))
 
     async def abort(self, request_ids: list[str]) -> None:
         """End these requests; ids that are unknown or done are ignored."""
-        await _reply(self._actors[0].abort.remote(request_ids, self.consumer))
+        await reply(self._actors[0].abort.remote(request_ids, self.consumer))
 
     async def poll(self) -> tuple[list[SequenceOutput], EngineStats]:
         """Everything produced since the last call; waits until there is something.
 
         EngineDeadError when the loop failed or any rank died, also while waiting.
         """
-        poll = asyncio.ensure_future(_reply(self._actors[0].poll.remote(self.consumer)))
+        poll = asyncio.ensure_future(reply(self._actors[0].poll.remote(self.consumer)))
         try:
             await asyncio.wait({poll, self._death}, return_when=asyncio.FIRST_COMPLETED)
             if poll.done():
@@ -116,7 +122,7 @@ class EngineGroup:
 
     async def prefixes(self) -> list[int]:
         """Short hashes of the prefixes in the cache, those used last first."""
-        prefixes: list[int] = await _reply(self._actors[0].prefixes.remote())
+        prefixes: list[int] = await reply(self._actors[0].prefixes.remote())
         return prefixes
 
     async def check(self) -> None:
@@ -125,7 +131,7 @@ class EngineGroup:
             raise self._death.result()
         try:
             async with asyncio.timeout(CHECK_TIMEOUT_S):
-                await _reply(self._actors[0].check.remote())
+                await reply(self._actors[0].check.remote())
         except TimeoutError:
             raise EngineDeadError(f"engine rank 0 gave no sign for {CHECK_TIMEOUT_S} s") from None
 
@@ -149,7 +155,7 @@ def _check_devices(ranks: list[RankInfo]) -> None:
 
 async def _all(refs: list[Any], timeout_s: float, late: Exception) -> list[Any]:
     """Every rank's reply, or the first error; `late`, with the ranks' numbers, when it is time."""
-    calls = [asyncio.ensure_future(_reply(ref, rank)) for rank, ref in enumerate(refs)]
+    calls = [asyncio.ensure_future(reply(ref, rank)) for rank, ref in enumerate(refs)]
     try:
         async with asyncio.timeout(timeout_s):
             return await asyncio.gather(*calls)
@@ -158,7 +164,7 @@ async def _all(refs: list[Any], timeout_s: float, late: Exception) -> list[Any]:
         raise type(late)(f"engine rank {names} {late} (waited {timeout_s:g} s)") from error
 
 
-async def _reply(ref: Any, rank: int = 0) -> Any:
+async def reply(ref: Any, rank: int = 0) -> Any:
     """The result of a call to a rank, or the engine's own error, or EngineDeadError.
 
     Ray's report (process, exit type, last words) is that error's cause.
@@ -180,8 +186,7 @@ async def _reply(ref: Any, rank: int = 0) -> Any:
 async def _first_death(actors: list[Actor]) -> EngineDeadError:
     """Resolves when a rank dies: its parked call ends with the reason."""
     parked = [
-        asyncio.ensure_future(_reply(actor.park.remote(), rank))
-        for rank, actor in enumerate(actors)
+        asyncio.ensure_future(reply(actor.park.remote(), rank)) for rank, actor in enumerate(actors)
     ]
     try:
         done, _ = await asyncio.wait(parked, return_when=asyncio.FIRST_COMPLETED)

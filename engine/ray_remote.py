@@ -4,11 +4,14 @@ It looks like an EngineGroup, except that stopping it only leaves: the engine be
 replica that started it, and ends with that one.
 """
 
+import asyncio
 from dataclasses import dataclass
 from uuid import uuid4
 
 from engine.executor import EngineInfo
-from engine.ray_group import Actor, EngineGroup
+from engine.outputs import EngineStats, SequenceOutput
+from engine.ray_group import Actor, EngineGroup, reply
+from engine.sequence import EngineRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,19 +25,38 @@ class EngineRef:
 
 def reference(group: EngineGroup) -> EngineRef:
     """What other replicas need to join a group."""
-    rank_0 = group.rank_0
-    return EngineRef(rank_0._actor_id.hex(), rank_0, group.info)
+    return EngineRef(group.engine_id, group.rank_0, group.info)
 
 
 class RemoteGroup(EngineGroup):
-    """An engine that several replicas use. A poll that fails tells of its death."""
+    """An engine that several replicas use. A poll that fails tells of its death.
+
+    Until `is_joined` it may have been dead before.
+    """
 
     def __init__(self, engine: EngineRef) -> None:
         super().__init__([engine.rank_0], engine.info)
         self.consumer = uuid4().hex
-        # No answer is awaited: calls of a few bytes, as this one, are not overtaken. If it were,
-        # the first call would fail, and with it this engine, for this replica alone.
-        engine.rank_0.enter.remote(self.consumer)
+        self.is_joined = False
+        self._entering = asyncio.ensure_future(reply(engine.rank_0.enter.remote(self.consumer)))
+        self._entering.add_done_callback(self._on_entered)
+
+    # The first calls to an actor can overtake each other: seen of submit, which was refused.
+
+    async def submit(self, requests: list[EngineRequest], *, admitted: bool = False) -> None:
+        await asyncio.shield(self._entering)
+        await super().submit(requests, admitted=admitted)
+
+    async def abort(self, request_ids: list[str]) -> None:
+        await asyncio.shield(self._entering)
+        await super().abort(request_ids)
+
+    async def poll(self) -> tuple[list[SequenceOutput], EngineStats]:
+        await asyncio.shield(self._entering)
+        return await super().poll()
+
+    def _on_entered(self, entering: "asyncio.Task[None]") -> None:
+        self.is_joined = not entering.cancelled() and entering.exception() is None
 
     def stop(self) -> None:
         """Leave: what is open ends there, and nobody else's sequences are touched."""

@@ -40,7 +40,7 @@ from engine.weights.settings import SettingsCopies
 
 logger = logging.getLogger(__name__)
 
-NAMESPACE = "manta-weights-1"  # counts the forms of Announcement
+NAMESPACE = "manta-weights-2"  # counts the forms of Announcement
 PIECE_BYTES = 32 << 20
 PIECES_AHEAD = 2  # in the sender's object store; the receiver's holds two more
 SILENCE_S = 60.0  # a peer that sends nothing for so long is given up
@@ -57,6 +57,7 @@ class Announcement:
     files: Fingerprint
     settings: str  # path there
     settings_id: str
+    weights_id: str
     seen: float  # when a node read this version of the checkpoint; seconds since the epoch
 
 
@@ -140,6 +141,7 @@ class RayPeers:
             files=origin.files,
             settings=str(origin.settings.resolve()),
             settings_id=origin.settings_id,
+            weights_id=origin.weights_id,
             seen=self._seen,
         )
         try:
@@ -173,7 +175,9 @@ class RayPeers:
                 logger.warning("%s does not come from %s: %s", each.settings, node, error)
                 continue
             self._seen = each.seen
-            return Origin(each.checkpoint, each.files, settings, each.settings_id, here=False)
+            return Origin(
+                each.checkpoint, each.files, settings, each.settings_id, each.weights_id, here=False
+            )
         return None
 
     def _settings(self, node: str, announcement: Announcement) -> Path:

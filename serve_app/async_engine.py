@@ -46,7 +46,8 @@ class ShuttingDownError(EngineDeadError):
 class AsyncEngine:
     """Owns the group, the open sequences and the tasks. Create it inside the running loop.
 
-    `start_group` makes the group that takes a dead one's place.
+    `start_group` makes the group that takes a dead one's place. `on_death` hears of each that
+    died, and says whether what it computed may be at fault.
     """
 
     def __init__(
@@ -55,12 +56,14 @@ class AsyncEngine:
         start_group: "Callable[[], Awaitable[EngineGroup]]",
         config: EngineConfig,
         metrics: Metrics,
+        on_death: "Callable[[EngineGroup], bool]" = lambda group: True,
     ) -> None:
         self.info = group.info
         self._is_guest = group.consumer != OWNER
         self._start_group = start_group
         self._config = config
         self._metrics = metrics
+        self._on_death = on_death
         self._loop = asyncio.get_running_loop()
         self._seeds = random.Random(config.seed)
         self._sequences: dict[str, OpenSequence] = {}  # by request id, oldest first
@@ -101,7 +104,7 @@ class AsyncEngine:
 
     def abort(self, opened: OpenRequest, request_id: str) -> None:
         """End one sequence; one that has ended by itself is ignored."""
-        if opened.unfinished.pop(request_id, None) is None:
+        if not opened.end(request_id):
             return
         self._schedule_send()
         self._aborts.append(request_id)
@@ -116,6 +119,11 @@ class AsyncEngine:
         """None while another one is started, and when there will be none."""
         return self._group
 
+    @property
+    def is_between_groups(self) -> bool:
+        """One died, and another is started."""
+        return self._group is None and self._failure is None
+
     async def connected(self) -> "EngineGroup":
         """The group, as soon as there is one. EngineDeadError when there will be none."""
         while self._group is None:
@@ -127,6 +135,13 @@ class AsyncEngine:
     def num_open(self) -> int:
         """Sequences submitted and neither finished nor aborted."""
         return len(self._sequences)
+
+    @property
+    def has_work(self) -> bool:
+        """Also of guests. An engine that is gone has none."""
+        return self._group is not None and bool(
+            self._sequences or self.stats.num_running or self.stats.num_waiting
+        )
 
     async def check(self) -> None:
         """EngineDeadError when the engine is gone for good; one that is being replaced is not."""
@@ -145,8 +160,11 @@ class AsyncEngine:
         while True:
             death = await self._death
             logger.warning("the engine died: %s", with_cause(death))
+            assert self._group is not None
+            may_be_at_fault = self._on_death(self._group)
             self._disconnect()
-            self._blame()
+            self._blame(may_be_at_fault)
+            self._num_fruitless += may_be_at_fault
             if self._is_guest and not self._sequences:
                 self._failure = death
                 return
@@ -173,7 +191,6 @@ class AsyncEngine:
     async def _replacement(self, death: EngineDeadError) -> "EngineGroup":
         """Another group; EngineDeadError when none can be started, or each died without a token."""
         while True:
-            self._num_fruitless += 1
             if self._num_fruitless > MAX_FRUITLESS_DEATHS:
                 raise EngineDeadError(
                     f"{self._num_fruitless} engines died one after the other without a token, "
@@ -187,17 +204,20 @@ class AsyncEngine:
             except EngineDeadError as error:
                 logger.warning("its successor died at its start: %s", with_cause(error))
                 death = error
+                self._num_fruitless += 1
             except (MantaError, TimeoutError) as error:
                 raise EngineDeadError(f"{death}; another cannot be started: {error!r}") from error
 
-    def _blame(self) -> None:
+    def _blame(self, may_be_at_fault: bool) -> None:
         """Count a death against what the engine computed; a suspect that was alone in it ends."""
+        self._on_trial = None
         held = [sequence for sequence in self._sequences.values() if sequence.in_engine]
-        for sequence in islice(held, self._config.max_num_seqs):  # the scheduler runs the oldest
-            sequence.num_deaths += 1
         for sequence in held:
             sequence.in_engine = False
-        self._on_trial = None
+        if not may_be_at_fault:
+            return
+        for sequence in islice(held, self._config.max_num_seqs):  # the scheduler runs the oldest
+            sequence.num_deaths += 1
         if len(held) == 1 and held[0].num_deaths >= BLAME_DEATHS:
             blamed = held[0].blamed()
             logger.error("%s: %s", blamed.request_id, blamed.error)
@@ -223,6 +243,8 @@ class AsyncEngine:
             outputs, stats = await group.poll()
             for output in outputs:
                 self._dispatch(output)
+            if stats.num_generation_tokens > self.stats.num_generation_tokens:
+                self._num_fruitless = 0  # also by tokens of guests alone
             self.stats = stats
             if not self._is_guest:  # whose owner records them
                 self._metrics.record_stats(stats)
@@ -296,5 +318,4 @@ class AsyncEngine:
         mailboxes = {id(s.mailbox): s.mailbox for s in self._sequences.values()}
         self._sequences.clear()
         for mailbox in mailboxes.values():
-            mailbox.unfinished.clear()
             mailbox.fail(self._failure)

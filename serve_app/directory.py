@@ -22,6 +22,7 @@ logger = logging.getLogger("ray.serve")
 INTERVAL_S = 0.5  # between two exchanges, each about 1 ms of a core and 20 KB per replica
 ALONE_S = 5.0  # between a lone replica's looks whether others have started a directory
 EXPIRY_S = 5.0  # an entry that was not repeated: a replica that is gone, or held up
+FORGOTTEN_S = 1.0  # behind an exchange of all others, and what they had sent until then
 CALL_S = 5.0
 NAMESPACE = "serve"
 
@@ -32,6 +33,7 @@ class Entry:
 
     replica_id: str
     model: str
+    version: str  # engines of another one give other answers
     engine: "EngineRef | None"  # None while another one is started
     num_sequences: int  # running and waiting
     num_waiting_tokens: int
@@ -79,13 +81,30 @@ class Member:
         self._on_others = on_others
         self._directory: Any = None
         self._replica_id: str | None = None
-        self._task = asyncio.get_running_loop().create_task(self._run())
+        self._left_at: float | None = None
+        self._start()
 
-    def stop(self) -> None:
-        """The others learn at once that this replica's engine ends."""
+    def leave(self) -> None:
+        """Tell the others that this replica's engine will end."""
         self._task.cancel()
-        if self._directory is not None and self._replica_id is not None:
+        if self._directory is not None and self._replica_id is not None and not self._left_at:
+            self._left_at = time.monotonic()
             self._directory.leave.remote(self._replica_id)
+
+    async def forgotten(self) -> None:
+        """Until nobody sends requests to the engine any more. leave() comes first."""
+        if self._left_at is not None:
+            await asyncio.sleep(self._left_at + FORGOTTEN_S - time.monotonic())
+
+    def _start(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._run())
+        self._task.add_done_callback(self._on_end)
+
+    def _on_end(self, task: "asyncio.Task[None]") -> None:
+        """Without its part a replica is alone: whatever the fault was, it takes it up again."""
+        if not task.cancelled():
+            logger.error("the exchange with other replicas failed", exc_info=task.exception())
+            task.get_loop().call_later(ALONE_S, self._start)
 
     async def _run(self) -> None:
         while True:

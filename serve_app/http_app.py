@@ -4,7 +4,7 @@ Bodies are parsed by api/body.py and not by FastAPI (limits, error messages, thr
 schemas are added to the OpenAPI document here. /docs loads nothing from other hosts.
 """
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -33,13 +33,13 @@ BODIES: dict[str, type[BaseModel]] = {
 }
 
 
-def create_http_app(models: Models, stop: Callable[[], None]) -> FastAPI:
-    """Its shutdown calls `stop`."""
+def create_http_app(models: Models, end: Callable[[], Awaitable[None]]) -> FastAPI:
+    """Its shutdown waits for `end`."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        stop()
+        await end()
 
     # Newer FastAPIs trace by themselves, with the client's span in the place of Serve's as parent.
     telemetry = {"tracing": False}

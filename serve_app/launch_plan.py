@@ -97,9 +97,15 @@ def make_plan(
     if model is not None:
         overrides["model"] = model
     args = _app_args(app["args"], path)
-    if args.models and overrides:
+    replicas = {
+        "num_replicas": num_replicas,
+        "min_replicas": min_replicas,
+        "max_replicas": max_replicas,
+    }
+    one_model_s = overrides | {key: value for key, value in replicas.items() if value is not None}
+    if args.models and one_model_s:
         raise ConfigError(
-            f"{path} has several models: give {min(overrides)} there, to the one it is meant for"
+            f"{path} has several models: give {min(one_model_s)} there, to the one it is meant for"
         )
     engines = [each.engine_config(**overrides) for each in args.each]
     names = [each.served_name(settings) for each, settings in zip(args.each, engines, strict=True)]

@@ -86,6 +86,7 @@ class Metrics:
         self._gauges = {field: self._gauge(*named) for field, named in _GAUGES.items()}
         self._counters = {field: self._counter(*named) for field, named in _COUNTERS.items()}
         self._latest = self._recorded = EngineStats()
+        self._has_engine = False  # whose gauges are to be told; guests know only their requests
         self._loop = asyncio.get_running_loop()
         self._is_due = False
         self._timer = self._loop.call_later(0, self._record)
@@ -93,6 +94,7 @@ class Metrics:
     def record_stats(self, stats: EngineStats) -> None:
         """Keep the engine's latest numbers; they are recorded within INTERVAL_S."""
         self._latest = stats
+        self._has_engine = True
         if not self._is_due:
             self._is_due = True
             self._timer.cancel()
@@ -118,7 +120,7 @@ class Metrics:
         self._timer.cancel()
         self._timer = self._loop.call_later(REFRESH_S, self._record)
         latest, before, self._recorded = self._latest, self._recorded, self._latest
-        for field, gauge in self._gauges.items():
+        for field, gauge in self._gauges.items() if self._has_engine else ():
             gauge.set(getattr(latest, field))
         for field, counter in self._counters.items():
             if added := getattr(latest, field) - getattr(before, field):

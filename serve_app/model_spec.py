@@ -12,6 +12,14 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class Context:
+    """What a checkpoint says of its engines; those may have a shorter session_len."""
+
+    session_len: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     name: str
     config: EngineConfig

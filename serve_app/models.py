@@ -1,19 +1,18 @@
 """Models: all models behind this address, by the name that requests give.
 
 The first is the replica's own. Of any other one the replica has text work and limits, and the
-engines of that model's own replicas; it is loaded when the first request asks for it.
+engines of that model's own replicas; its tokenizer is loaded for the first request.
 """
 
 import asyncio
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.config import EngineConfig
 from serve_app.engines import Engines
 from serve_app.errors import ApiError, shown
 from serve_app.metrics import Metrics
-from serve_app.model_spec import ModelSpec
+from serve_app.model_files import load_tokenizer
+from serve_app.model_spec import Context, ModelSpec
 from serve_app.protocol.models import ModelCard
 from serve_app.served_model import ServedModel, max_body_bytes
 from serve_app.tracing import RequestTracer
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class OtherModel:
-    """A model whose replicas are others than this one. `session_len` is the most it may have."""
+    """A model whose replicas are others than this one. `context` holds until one is heard of."""
 
     def __init__(
         self,
@@ -32,27 +31,33 @@ class OtherModel:
         created: int,
         engines: Engines,
         metrics: Metrics,
-        session_len: int,
+        context: Context,
         tracer: RequestTracer | None = None,
     ) -> None:
         self.spec = spec
-        self.max_body_bytes = max_body_bytes(spec.limits, session_len)
+        self.max_body_bytes = max_body_bytes(spec.limits, context.session_len)
         self.engines = engines
+        self._context = context
         self._created = created
         self._metrics = metrics
         self._tracer = tracer
         self._tokenizer: asyncio.Task[Tokenizer] | None = None
 
     async def load(self) -> ServedModel:
-        """Also waits for an engine, which Serve starts if the model has no replica."""
+        """For text work. Generation waits for an engine, which Serve starts if there is none."""
         if self._tokenizer is None or (self._tokenizer.done() and self._tokenizer.exception()):
             loading = asyncio.to_thread(load_tokenizer, self.spec.config)
             self._tokenizer = asyncio.ensure_future(loading)
         # Shielded: a client that leaves must not take it from others.
         tokenizer = await asyncio.shield(self._tokenizer)
-        await self.engines.ready()
         return ServedModel(
-            self.spec, self._created, tokenizer, self.engines, self._metrics, self._tracer
+            self.spec,
+            self._created,
+            tokenizer,
+            self.engines,
+            self._metrics,
+            self._tracer,
+            self._context,
         )
 
     def card(self) -> ModelCard:
@@ -125,18 +130,3 @@ class Models:
                 param="model",
                 code="model_not_found",
             )
-
-
-def load_tokenizer(config: EngineConfig) -> "Tokenizer":
-    """Takes seconds; not for the loop."""
-    from engine.tokenizer import Tokenizer
-
-    return Tokenizer.load(settings_of(config))
-
-
-def settings_of(config: EngineConfig) -> Path:
-    """The directory of the checkpoint's small files, which a peer's node may have sent."""
-    from engine.ray_weights import RayPeers
-
-    checkpoint, peers = Path(config.model), RayPeers.of(config)
-    return checkpoint if peers is None else peers.origin(checkpoint).settings

@@ -20,6 +20,14 @@ from engine.sequence import EngineRequest
 SUSPECT_DEATHS = 2
 
 
+@dataclass(slots=True)
+class Load:
+    """Of one engine, or a part of it."""
+
+    num_sequences: int = 0
+    num_waiting_tokens: int = 0
+
+
 class OpenRequest:
     """The mailbox of one HTTP request. `request_ids[i]` is its sequence i.
 
@@ -28,11 +36,18 @@ class OpenRequest:
     """
 
     def __init__(self, request_ids: Sequence[str]) -> None:
-        self.is_waiting = True  # for its first output
         self.unfinished = {request_id: index for index, request_id in enumerate(request_ids)}
         self._outputs: dict[int, SequenceOutput] = {}
         self._error: EngineDeadError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._load = Load()
+        self._num_waiting_tokens = 0
+
+    def count_in(self, load: Load, num_waiting_tokens: int) -> None:
+        """Keep in `load` what this request adds to it: tokens until the first output."""
+        self._load, self._num_waiting_tokens = load, num_waiting_tokens
+        load.num_sequences += len(self.unfinished)
+        load.num_waiting_tokens += num_waiting_tokens
 
     async def take(self) -> list[tuple[int, SequenceOutput]]:
         """All that arrived, by sequence; waits for the first. EngineDeadError if none can come."""
@@ -46,18 +61,34 @@ class OpenRequest:
         raise self._error
 
     def put(self, output: SequenceOutput) -> None:
-        self.is_waiting = False
+        self._end_wait()
         index = self.unfinished[output.request_id]
         if output.finish_reason is not None:
-            del self.unfinished[output.request_id]
+            self.end(output.request_id)
         earlier = self._outputs.setdefault(index, output)
         if earlier is not output:
             earlier.merge(output)
         self._wake()
 
+    def end(self, request_id: str) -> bool:
+        """One sequence needs no engine any more. False for one that had ended."""
+        if self.unfinished.pop(request_id, None) is None:
+            return False
+        self._load.num_sequences -= 1
+        if not self.unfinished:
+            self._end_wait()
+        return True
+
     def fail(self, error: EngineDeadError) -> None:
+        """No sequence gets anything any more."""
+        for request_id in list(self.unfinished):
+            self.end(request_id)
         self._error = error
         self._wake()
+
+    def _end_wait(self) -> None:
+        self._load.num_waiting_tokens -= self._num_waiting_tokens
+        self._num_waiting_tokens = 0
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

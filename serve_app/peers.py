@@ -5,11 +5,11 @@ Knows no engine and no Ray.
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from engine.outputs import EngineStats
 from serve_app.directory import Entry
+from serve_app.open_request import Load
 from serve_app.routing import Candidate
 
 if TYPE_CHECKING:
@@ -25,9 +25,10 @@ class QueueMeter:
     def __init__(self) -> None:
         self._last = EngineStats()
         self._share = 1.0  # of prompt tokens looked up in the cache that had to be computed
+        self.num_tokens = 0  # as last read
 
-    def read(self, stats: EngineStats) -> int:
-        """Tokens to compute of what waits now and waited last time.
+    def read(self, stats: EngineStats) -> None:
+        """Count the tokens to compute of what waits now and waited last time.
 
         A prompt that waits for the next step only is done when others hear of it.
         """
@@ -36,13 +37,8 @@ class QueueMeter:
         if looked_up > 0:
             found = stats.prefix_cache_hits - last.prefix_cache_hits
             self._share += FADE * (1 - found / looked_up - self._share)
-        return round(self._share * min(last.num_waiting_tokens, stats.num_waiting_tokens))
-
-
-@dataclass(slots=True)
-class Load:
-    num_sequences: int = 0
-    num_waiting_tokens: int = 0
+        waits_on = min(last.num_waiting_tokens, stats.num_waiting_tokens)
+        self.num_tokens = round(self._share * waits_on)
 
 
 class Peer:
@@ -53,13 +49,14 @@ class Peer:
         self._known: set[int] = set()
         self._recent: deque[set[int]] = deque([set()], maxlen=REPORTS)
         self.engine: EngineRef | None = None
+        self.mine = Load()  # what this replica has there now
         self.others = Load()  # what other replicas have there; below zero when told late
 
-    def hear(self, entry: Entry, mine: Load) -> None:
+    def hear(self, entry: Entry) -> None:
         self.engine = entry.engine
         self.others = Load(
-            entry.num_sequences - mine.num_sequences,
-            entry.num_waiting_tokens - mine.num_waiting_tokens,
+            entry.num_sequences - self.mine.num_sequences,
+            entry.num_waiting_tokens - self.mine.num_waiting_tokens,
         )
         self._known = set(entry.prefixes).union(*self._recent)
         self._recent.append(set())
@@ -68,10 +65,10 @@ class Peer:
         self._known.update(hashes)
         self._recent[-1].update(hashes)
 
-    def candidate(self, mine: Load) -> Candidate:
+    def candidate(self) -> Candidate:
         return Candidate(
             self.replica_id,
-            max(0, self.others.num_sequences + mine.num_sequences),
-            max(0, self.others.num_waiting_tokens + mine.num_waiting_tokens),
+            max(0, self.others.num_sequences + self.mine.num_sequences),
+            max(0, self.others.num_waiting_tokens + self.mine.num_waiting_tokens),
             self._known,
         )

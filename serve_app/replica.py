@@ -22,12 +22,13 @@ from engine.config import EngineConfig
 from serve_app.async_engine import AsyncEngine
 from serve_app.autoscaling_stats import LoadMeter
 from serve_app.directory import Entry, Member
-from serve_app.draining import end_before_kill
+from serve_app.draining import end_before_kill, log_failure, wait_for_guests
 from serve_app.engines import Engines
 from serve_app.http_app import create_http_app
 from serve_app.metrics import Metrics
+from serve_app.model_files import load_tokenizer, read_context, version_of
 from serve_app.model_spec import ModelSpec
-from serve_app.models import Models, OtherModel, load_tokenizer, settings_of
+from serve_app.models import Models, OtherModel
 from serve_app.served_model import ServedModel
 from serve_app.tracing import RequestTracer
 
@@ -52,26 +53,28 @@ class _Replica:
     _meter: LoadMeter
 
     async def _start(self, spec: ModelSpec) -> None:
+        version = await asyncio.to_thread(version_of, spec.config)  # before anything is read
         group = await _start_group(spec.config)
         self._spec = spec
         self._metrics = Metrics(spec.name, group.info.session_len)
         own = AsyncEngine(group, partial(_start_group, spec.config), spec.config, self._metrics)
-        self._engines = _engines(spec, self._metrics, own=own)
+        self._engines = _engines(spec, version, self._metrics, own=own)
         self._meter = LoadMeter(spec.config.max_num_seqs)
 
-    def _enter_directory(self, starts: bool, models: Models | None = None) -> Member:
-        update = models.update if models is not None else self._engines.update
-        return Member(
+    def _meet_others(self, uses: Models | Engines, starts_directory: bool) -> None:
+        self._member = Member(
             serve.get_replica_context().app_name,
-            starts=starts,
+            starts=starts_directory,
             describe=partial(self._engines.describe, self._spec.name),
-            on_others=update,
+            on_others=uses.update,
         )
+        self._ending = asyncio.ensure_future(end_before_kill(self._member.leave, uses.stop))
+        self._ending.add_done_callback(log_failure)
 
     async def attach(self) -> Entry:
         """Its engine, for a replica that has none of this model; waits while it is replaced."""
         await self._own.connected()
-        return await self._engines.describe(self._spec.name)
+        return await self._engines.entry(self._spec.name)
 
     async def check_health(self) -> None:
         """Raises when the engine is gone for good; Serve then replaces the replica."""
@@ -112,22 +115,17 @@ class LLMReplica(_Replica):
             raise
         await starting
         created, tracer = int(time.time()), RequestTracer.create()
+        other_models = zip(others, handles, strict=True)
         self._models = Models(
             ServedModel(spec, created, tokenizer, self._engines, self._metrics, tracer),
-            [
-                _other_model(other, created, handle, tracer)
-                for other, handle in zip(others, handles, strict=True)
-            ],
+            [await _other_model(other, created, handle, tracer) for other, handle in other_models],
         )
         rank = serve.get_replica_context().rank.rank
-        self._member = self._enter_directory(
-            bool(others) or (rank > 0 and spec.cache_aware_routing), self._models
-        )
-        self._ending = asyncio.ensure_future(end_before_kill(self._member.stop, self._models.stop))
+        self._meet_others(self._models, bool(others) or (rank > 0 and spec.cache_aware_routing))
         _calm_garbage_collector()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_http_app(self._models, self._stop)
+        return create_http_app(self._models, self._end)
 
     async def drain(self, patience_s: float) -> None:
         """The server stops: open requests may end for so long, the rest ends with an error."""
@@ -137,8 +135,9 @@ class LLMReplica(_Replica):
         self._models.stop()
         await asyncio.sleep(DRAIN_POLL_S)  # the error events are on their way
 
-    def _stop(self) -> None:
-        self._member.stop()
+    async def _end(self) -> None:
+        """Serve stops this replica, whose own requests have ended."""
+        await wait_for_guests(self._member, self._own)
         self._models.stop()
 
 
@@ -148,8 +147,13 @@ class EngineReplica(_Replica):
 
     async def __init__(self, spec: ModelSpec) -> None:  # type: ignore[misc]
         await self._start(spec)
-        self._member = self._enter_directory(starts=True)
+        self._meet_others(self._engines, starts_directory=True)
         _calm_garbage_collector()
+
+    async def __del__(self) -> None:
+        """Serve awaits it where it stops a replica."""
+        await wait_for_guests(self._member, self._own)
+        self._engines.stop()
 
 
 async def _start_group(config: EngineConfig) -> "EngineGroup":
@@ -162,6 +166,7 @@ async def _start_group(config: EngineConfig) -> "EngineGroup":
 
 def _engines(
     spec: ModelSpec,
+    version: str,
     metrics: Metrics,
     *,
     own: AsyncEngine | None = None,
@@ -171,6 +176,7 @@ def _engines(
 
     return Engines(
         replica_id=serve.get_replica_context().replica_tag,
+        version=version,
         config=spec.config,
         metrics=metrics,
         join=RemoteGroup,
@@ -186,16 +192,14 @@ async def _attach(handle: DeploymentHandle[Any]) -> Entry:
     return entry
 
 
-def _other_model(
+async def _other_model(
     spec: ModelSpec, created: int, handle: DeploymentHandle[Any], tracer: RequestTracer | None
 ) -> OtherModel:
-    from engine.models import load_spec
-
-    longest = load_spec(settings_of(spec.config)).max_position_embeddings
-    session_len = min(spec.config.session_len or longest, longest)
-    metrics = Metrics(spec.name, session_len)
-    engines = _engines(spec, metrics, handle=handle)
-    return OtherModel(spec, created, engines, metrics, session_len, tracer)
+    version = await asyncio.to_thread(version_of, spec.config)
+    context = await asyncio.to_thread(read_context, spec.config)
+    metrics = Metrics(spec.name, context.session_len)
+    engines = _engines(spec, version, metrics, handle=handle)
+    return OtherModel(spec, created, engines, metrics, context, tracer)
 
 
 def _calm_garbage_collector() -> None:

@@ -2,7 +2,7 @@
 
 A request is weighed in prompt tokens. What it costs at an engine is
 
-    its tokens that lie in none of that engine's cached prefixes
+    the tokens of its prompts that lie in none of that engine's cached prefixes
     + the prompt tokens that wait there already
     + running_tokens × the sequences that are there
 
@@ -38,12 +38,19 @@ class Candidate:
     prefixes: Set[int]  # hashes of prompt beginnings in its cache, engine.prefix.prefix_hashes
 
 
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One that a request has in it; its first i + 1 blocks have the hash `hashes[i]`."""
+
+    num_tokens: int
+    hashes: Sequence[int]
+
+
 DEFAULT = RoutingPolicy()
 
 
 def choose(
-    num_prompt_tokens: int,
-    hashes: Sequence[int],
+    prompts: Sequence[Prompt],
     candidates: Sequence[Candidate],
     *,
     block_size: int,
@@ -51,7 +58,7 @@ def choose(
     session_id: str | None = None,
     policy: RoutingPolicy = DEFAULT,
 ) -> Candidate:
-    """The engine for a prompt whose first i + 1 blocks have the hash `hashes[i]`.
+    """The engine for a request of these prompts, which all go there.
 
     `own` is the id of the replica's own engine, None when it has none of this model.
     `candidates` must not be empty.
@@ -59,12 +66,11 @@ def choose(
     if session_id is not None:
         return _home(session_id, candidates, policy)
     costs = {
-        each.id: load(each, policy)
-        + num_prompt_tokens
-        - num_matched(hashes, each.prefixes) * block_size
+        each.id: load(each, policy) + num_to_compute(prompts, each, block_size)
         for each in candidates
     }
     # Between equals the same prompt goes to the same engine, whichever replica asks.
+    hashes = prompts[0].hashes
     key = str(hashes[-1]) if hashes else ""
     cheapest = min(candidates, key=lambda each: (costs[each.id], _score(key, each.id)))
     for each in candidates:
@@ -76,6 +82,14 @@ def choose(
 def load(candidate: Candidate, policy: RoutingPolicy = DEFAULT) -> int:
     """What is to be computed there before and beside a new request, in tokens."""
     return candidate.num_waiting_tokens + policy.running_tokens * candidate.num_sequences
+
+
+def num_to_compute(prompts: Sequence[Prompt], candidate: Candidate, block_size: int) -> int:
+    """Prompt tokens that lie in none of the engine's cached prefixes."""
+    return sum(
+        prompt.num_tokens - num_matched(prompt.hashes, candidate.prefixes) * block_size
+        for prompt in prompts
+    )
 
 
 def num_matched(hashes: Sequence[int], prefixes: Set[int]) -> int:

@@ -1,7 +1,7 @@
 """ServedModel: everything a route needs of the one model behind it.
 
 Text to token ids without blocking the loop, the limits requests are held to, and the engine. What
-the engine checks (token ids, empty prompts, sampling parameters) is not checked here again.
+the engine checks (empty prompts, sampling parameters) is not checked here again.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from engine.config import EngineConfig
 from serve_app.engines import Engines
 from serve_app.errors import invalid
 from serve_app.metrics import Metrics
-from serve_app.model_spec import Limits, ModelSpec
+from serve_app.model_spec import Context, Limits, ModelSpec
 from serve_app.protocol.messages import Message, to_template
 from serve_app.tracing import RequestTracer
 
@@ -42,6 +42,7 @@ class ServedModel:
     engine: Engines
     metrics: Metrics
     tracer: RequestTracer | None = None
+    context: Context | None = None  # until an engine was heard of; None: there is one
 
     @property
     def name(self) -> str:
@@ -60,8 +61,9 @@ class ServedModel:
         return max_body_bytes(self.limits, self.info.session_len)
 
     @property
-    def info(self) -> "EngineInfo":
-        return self.engine.info
+    def info(self) -> "EngineInfo | Context":
+        """What requests are held to."""
+        return self.engine.last_info or self.context or self.engine.info
 
     async def run(self, work: Callable[[], T], size: int) -> T:
         """Do text work at once when `size` is small, in a thread when it would hold up the loop.
@@ -80,7 +82,7 @@ class ServedModel:
         self, token_ids: Sequence[Sequence[int]], skip_special_tokens: bool, param: str
     ) -> list[str]:
         for ids in token_ids:
-            self._check_token_ids(ids, param)
+            self.check_token_ids(ids, param)
         return await self.run(
             lambda: [self.tokenizer.decode(ids, skip_special_tokens) for ids in token_ids],
             sum(map(len, token_ids)),
@@ -105,7 +107,7 @@ class ServedModel:
             sum(message.size for message in messages),
         )
 
-    def _check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
+    def check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
         """400 when an id lies outside the vocabulary."""
         for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
             if not 0 <= token_id < self.info.vocab_size:

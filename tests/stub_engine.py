@@ -46,13 +46,16 @@ class StubGroup:
     """Records calls; `put` is what the next poll returns."""
 
     consumer = OWNER
+    is_joined = True
 
-    def __init__(self) -> None:
+    def __init__(self, engine_id: str = "") -> None:
+        self.engine_id = engine_id
         self.info = INFO
         self.calls: list[list[str]] = []  # request ids of each submit
         self.requests: dict[str, EngineRequest] = {}
         self.admitted: list[str] = []
         self.aborted: list[str] = []
+        self.stats = EngineStats()  # what polls tell
         self.stopped = False
         self.failure: Exception | None = None
         self.successors: list[StubGroup | Exception] = []  # what becomes of the next starts
@@ -88,7 +91,7 @@ class StubGroup:
         if self.failure is not None:
             raise self.failure
         outputs, self._outputs = self._outputs, []
-        return outputs, EngineStats(num_steps=len(outputs))
+        return outputs, self.stats
 
     async def check(self) -> None:
         if self.failure is not None:
@@ -112,7 +115,13 @@ def engines_of(own: AsyncEngine, metrics: Metrics) -> Engines:
         raise AssertionError("there is no other replica")
 
     return Engines(
-        replica_id="alone", config=CONFIG, metrics=metrics, join=nobody, refer=nobody, own=own
+        replica_id="alone",
+        version="1",
+        config=CONFIG,
+        metrics=metrics,
+        join=nobody,
+        refer=nobody,
+        own=own,
     )
 
 
@@ -124,12 +133,19 @@ def make_model(group: StubGroup, checkpoint: Path) -> ServedModel:
     return ServedModel(spec, 0, tokenizer, engines_of(engine, metrics), metrics)
 
 
+def app_of(models: Models) -> FastAPI:
+    async def end() -> None:
+        models.stop()
+
+    return create_http_app(models, end)
+
+
 @asynccontextmanager
 async def served(checkpoint: Path) -> AsyncIterator[tuple[StubGroup, FastAPI]]:
     """The application over a stub; its lifespan runs as in a replica."""
     group = StubGroup()
     models = Models(make_model(group, checkpoint))
-    app = create_http_app(models, models.stop)
+    app = app_of(models)
     async with app.router.lifespan_context(app):
         yield group, app
 

@@ -14,7 +14,6 @@ from engine.errors import InvalidRequestError
 from engine.tokenizer import Tokenizer
 from serve_app.api.body import INLINE_BYTES
 from serve_app.errors import ApiError
-from serve_app.http_app import create_http_app
 from serve_app.model_spec import Limits
 from serve_app.models import Models
 from serve_app.protocol.chat import ChatCompletionRequest
@@ -23,7 +22,7 @@ from serve_app.protocol.parse import parse
 from serve_app.protocol.strict import Strict
 from serve_app.protocol.tokenize import DetokenizeRequest
 from tests.bodies import CHAT, COMPLETION, parse_chat, refusal, served_model
-from tests.stub_engine import CONFIG, INFO, StubGroup, chat, client_of, make_model, served
+from tests.stub_engine import CONFIG, INFO, StubGroup, app_of, chat, client_of, make_model, served
 
 MANY = 5000
 KEYS = {f"key{i}": 1 for i in range(MANY)}
@@ -190,7 +189,7 @@ def test_a_large_body_is_read_as_a_small_one(tiny_checkpoint: Path) -> None:
         group = StubGroup()
         model = make_model(group, tiny_checkpoint)
         models = Models(replace(model, spec=replace(model.spec, limits=Limits(None, 8))))
-        app = create_http_app(models, models.stop)
+        app = app_of(models)
         async with client_of(app) as client:
             for padding in (0, INLINE_BYTES):
                 content = json.dumps({"tokens": [65]}).encode() + b" " * padding

@@ -13,7 +13,7 @@ from engine.outputs import EngineStats, SequenceOutput
 from engine.prefix import prefix_hashes
 from engine.sampling_params import SamplingParams
 from engine.sequence import EngineRequest
-from serve_app import engines as engines_module
+from serve_app import finder
 from serve_app.async_engine import AsyncEngine
 from serve_app.directory import Directory, Entry
 from serve_app.engines import Engines
@@ -38,12 +38,14 @@ class World:
         self.own = StubGroup()
         self.own.prefixes = self._prefixes  # type: ignore[attr-defined]
         self.joins: dict[str, list[Guest]] = {}
-        self.attached: list[str | Exception] = []  # what the next calls of `attach` find
+        self.dead: set[str] = set()  # engines that are dead when they are joined
+        self.attached: list[str | Exception | Entry] = []  # what the next calls of `attach` find
         own = AsyncEngine(cast(Any, self.own), self.own.start_next, CONFIG, self.metrics)
         if not has_own:
             own.stop()
         self.engines = Engines(
             replica_id="me",
+            version="1",
             config=CONFIG,
             metrics=self.metrics,
             join=self._join,
@@ -56,14 +58,18 @@ class World:
         return []
 
     def _join(self, engine: Any) -> Any:
-        self.joins.setdefault(engine.id, []).append(Guest())
-        return self.joins[engine.id][-1]
+        guest = Guest(engine.id)
+        if engine.id in self.dead:
+            guest.is_joined = False
+            guest.die(DEATH)
+        self.joins.setdefault(engine.id, []).append(guest)
+        return guest
 
     async def _attach(self) -> Entry:
         found = self.attached.pop(0)
         if isinstance(found, Exception):
             raise found
-        return entry(found)
+        return entry(found) if isinstance(found, str) else found
 
     async def tell(self, *entries: Entry) -> None:
         if self.engines.own is not None:
@@ -75,10 +81,17 @@ class World:
             await asyncio.sleep(0)
 
 
-def entry(name: str, *, engine: str | None = None, prefixes: int = 0, running: int = 0) -> Entry:
+def entry(
+    name: str,
+    *,
+    engine: str | None = None,
+    prefixes: int = 0,
+    running: int = 0,
+    version: str = "1",
+) -> Entry:
     """Of a replica whose cache holds so many blocks of PROMPT."""
     ref = SimpleNamespace(id=engine or name, info=INFO)
-    return Entry(name, "tiny", cast(Any, ref), running, 0, HASHES[:prefixes])
+    return Entry(name, "tiny", version, cast(Any, ref), running, 0, HASHES[:prefixes])
 
 
 def request(name: str, prompt: list[int] = PROMPT) -> EngineRequest:
@@ -244,11 +257,11 @@ async def test_its_sequences_wait_for_the_next_replica(world: World) -> None:
     world.joins["x"][0].put(SequenceOutput("a", [5]))
     await world.settle()
     world.attached = [EngineDeadError("starting"), "y"]
-    engines_module.RETRY_S, before = 0.001, engines_module.RETRY_S
+    finder.RETRY_S, before = 0.001, finder.RETRY_S
     world.joins["x"][0].die(DEATH)
     while "y" not in world.joins:
         await asyncio.sleep(0.001)
-    engines_module.RETRY_S = before
+    finder.RETRY_S = before
     await world.settle()
     assert world.joins["y"][0].requests["a"].output_token_ids == [5]
 
@@ -267,7 +280,7 @@ async def test_a_request_behind_the_last_engine_s_death_waits_too(world: World) 
     await world.settle()
     assert list(world.joins["y"][0].requests) == ["b"]
     await world.tell(entry("y"))
-    assert len(world.engines._guests) == 1
+    assert len(world.engines._all_guests()) == 1
 
 
 @world(has_own=False)

@@ -33,6 +33,9 @@ def test_gauges_are_kept_alive_while_nothing_happens(monkeypatch: pytest.MonkeyP
 
     async def test() -> None:
         metrics = Metrics("tiny", 128)
+        metrics._record()
+        assert not values  # of an engine that is none of this replica's
+        metrics.record_stats(EngineStats())
         await until(lambda: len(values) >= 3)
         assert set(values) == {0}
         metrics.record_stats(EngineStats(num_running=3, kv_cache_usage=0.5))

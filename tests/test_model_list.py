@@ -37,7 +37,7 @@ def two(**second: Any) -> dict[str, Any]:
 def test_each_model_has_a_deployment_and_its_ranks_count(checkpoint: Path) -> None:
     args = two(engine={**ENGINE, "tp": 2}, cpus_per_rank=1)
     replicas = {"name": "org-b", "num_replicas": 3}
-    plan = planned(args, replicas, num_replicas=2, port=0)
+    plan = planned(args, {"name": "LLMReplica", "num_replicas": 2}, replicas, port=0)
     assert [(m.name, m.num_replicas, m.num_ranks) for m in plan.models] == [
         ("a", 2, 2),
         ("org/b", 3, 6),
@@ -65,6 +65,8 @@ def test_a_given_model_takes_the_place_of_all(checkpoint: Path) -> None:
         ({**two(), "engine": ENGINE}, {}, "args.models: engine belongs into an entry of that list"),
         (two(), {"model_name": "c"}, "args.models: model_name belongs into an entry"),
         (two(), {"tp": 2}, "has several models: give tp there"),
+        (two(), {"num_replicas": 2}, "has several models: give num_replicas there"),
+        (two(), {"max_replicas": 2}, "has several models: give max_replicas there"),
         (two(model_nam="c"), {}, "args.models.1.model_nam is no key of it; did you mean"),
         (two(engine=[]), {}, "args.models.1.engine must be the path of an engine config"),
         (two(model_name="a"), {}, "'a' needs a model_name that no other model has"),

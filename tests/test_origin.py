@@ -48,7 +48,7 @@ def spec() -> DecoderSpec:
 def test_ranks_without_a_checkpoint_must_have_the_others_version(
     ours_here: bool, theirs_here: bool, same: bool, starts: bool, spec: DecoderSpec
 ) -> None:
-    ours = Origin("/model", [["model.safetensors", 10, 20]], Path("/model"), "id", ours_here)
+    ours = Origin("/model", [["model.safetensors", 10, 20]], Path("/model"), "id", "", ours_here)
     theirs = digest(ours.files) if same else digest(ours.files) + 1
     group: Any = Neighbour(digest(repr(spec)), -digest(repr(spec)), theirs_here, theirs, -theirs)
     if starts:
@@ -59,7 +59,7 @@ def test_ranks_without_a_checkpoint_must_have_the_others_version(
 
 
 def test_all_ranks_must_have_one_config(spec: DecoderSpec) -> None:
-    ours = Origin("/model", [["model.safetensors", 10, 20]], Path("/model"), "id", here=True)
+    ours = Origin("/model", [["model.safetensors", 10, 20]], Path("/model"), "id", "", here=True)
     theirs = digest(repr(replace(spec, rms_norm_eps=1.0)))
     group: Any = Neighbour(theirs, -theirs)
     with pytest.raises(CheckpointError, match=r"different settings in config\.json of /model"):

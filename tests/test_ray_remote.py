@@ -119,6 +119,7 @@ class Replica:
         self.own = own
         self.engines = Engines(
             replica_id=name,
+            version="1",
             config=config(),
             metrics=own._metrics,
             join=RemoteGroup,
@@ -179,7 +180,7 @@ def test_streams_go_on_when_another_replica_s_engine_dies(victim: str) -> None:
         while not (guests := near.engines._guests) or not any(
             len(sequence.token_ids) > 5
             for guest in guests.values()
-            for sequence in guest.engine._sequences.values()
+            for sequence in guest._sequences.values()
         ):
             await asyncio.sleep(0.001)
         group = far.own.group

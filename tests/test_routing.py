@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from serve_app.routing import Candidate, RoutingPolicy, choose, num_matched
+from serve_app.routing import Candidate, Prompt, RoutingPolicy, choose, num_matched
 
 HASHES = list(range(100, 120))  # 20 blocks of 16 tokens
 NUM_TOKENS = 20 * 16 + 5
@@ -17,7 +17,8 @@ def candidate(
 
 
 def chosen(*candidates: Candidate, own: str | None = "own", session_id: str | None = None) -> str:
-    return choose(NUM_TOKENS, HASHES, candidates, block_size=16, own=own, session_id=session_id).id
+    prompts = [Prompt(NUM_TOKENS, HASHES)]
+    return choose(prompts, candidates, block_size=16, own=own, session_id=session_id).id
 
 
 def test_the_longest_known_beginning_counts_though_shorter_ones_are_not_told() -> None:
@@ -46,8 +47,9 @@ def test_equals_share_prompts_but_one_prompt_goes_to_one_of_them() -> None:
     candidates = [candidate(name) for name in "abc"]
     homes = {}
     for prompt in range(300):
-        homes[prompt] = choose(40, [prompt], candidates, block_size=16).id
-        again = choose(40, [prompt], random.sample(candidates, 3), block_size=16).id
+        prompts = [Prompt(40, [prompt])]
+        homes[prompt] = choose(prompts, candidates, block_size=16).id
+        again = choose(prompts, random.sample(candidates, 3), block_size=16).id
         assert again == homes[prompt]
     assert all(60 < list(homes.values()).count(name) < 140 for name in "abc")
 

@@ -25,11 +25,10 @@ from opentelemetry.trace import StatusCode
 from engine.errors import ConfigError, QueueFullError
 from engine.outputs import SequenceOutput
 from serve_app import trace_exporters
-from serve_app.http_app import create_http_app
 from serve_app.models import Models
 from serve_app.serve_schema import to_schema
 from serve_app.tracing import RequestTracer
-from tests.stub_engine import StubGroup, chat, client_of, make_model
+from tests.stub_engine import StubGroup, app_of, chat, client_of, make_model
 from tests.test_launch import BIN, DEMO, ROOT, running
 
 Test = Callable[[StubGroup, httpx.AsyncClient], Awaitable[None]]
@@ -49,7 +48,7 @@ def traced(checkpoint: Path, test: Test) -> None:
     async def run() -> None:
         group = StubGroup()
         models = Models(replace(make_model(group, checkpoint), tracer=RequestTracer()))
-        app: FastAPI = create_http_app(models, models.stop)
+        app: FastAPI = app_of(models)
         async with app.router.lifespan_context(app), client_of(app) as client:
             with trace.get_tracer("serve").start_as_current_span("server"):
                 await test(group, client)

@@ -2,7 +2,7 @@
 
 Its weights are known by the names, sizes and times of change of their files. Everything else that
 an engine or a replica reads of it (config.json, the tokenizer) is small: its settings, which a node
-without the checkpoint has as copies. This module reads no content and knows no Ray.
+without the checkpoint has as copies. This module reads only samples of content and knows no Ray.
 """
 
 import hashlib
@@ -16,6 +16,8 @@ Fingerprint: TypeAlias = list[list[str | int]]
 # Never code: *.py files of a checkpoint are not run and not copied.
 SETTINGS_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 INDEX_SUFFIX = ".safetensors.index.json"
+NUM_SAMPLES = 4  # of each file; training further changes nearly every byte
+SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,7 @@ class Origin:
     files: Fingerprint  # of its weights
     settings: Path  # on this node: its directory, or copies of its settings
     settings_id: str  # changes when they do
+    weights_id: str  # the same for equal weights wherever they lie: a hash of samples of them
     here: bool  # whether its weights are on this node
 
     @classmethod
@@ -32,7 +35,8 @@ class Origin:
         settings = fingerprint(*settings_files(path))
         resolved = str(path.resolve())
         digest = hashlib.sha256(json.dumps([resolved, settings]).encode()).hexdigest()[:16]
-        return cls(resolved, weights_fingerprint(path), path, digest, here=True)
+        files = weights_fingerprint(path)
+        return cls(resolved, files, path, digest, _weights_id(path, files), here=True)
 
     @property
     def has_weights(self) -> bool:
@@ -47,6 +51,17 @@ def weights_fingerprint(path: Path) -> Fingerprint:
     all of it at every start, 0.7 s per GB; writing a file changes its time.
     """
     return fingerprint(*path.glob("*.safetensors"), *path.glob(f"*{INDEX_SUFFIX}"))
+
+
+def _weights_id(path: Path, files: Fingerprint) -> str:
+    """Without times, which differ between nodes that fetched a checkpoint each for itself."""
+    digest = hashlib.sha256(json.dumps([[name, size] for name, size, _ in files]).encode())
+    for name, size, _ in files:
+        with (path / str(name)).open("rb") as file:
+            for part in range(1, NUM_SAMPLES + 1):
+                file.seek(max(0, int(size) * part // NUM_SAMPLES - SAMPLE_BYTES))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def settings_files(path: Path) -> list[Path]:

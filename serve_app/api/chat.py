@@ -64,6 +64,8 @@ async def _generation(
     prompt = body.truncate(prompt)
     model.check_length(len(prompt), max_tokens, "messages")
     model.check_num_tokens([prompt], params.n)
+    events = event_ids(model, body, request.headers.get(HEADER), params, params.n)
+    await model.engine.ready()
     return Generation(
         model,
         [prompt],
@@ -74,7 +76,7 @@ async def _generation(
         cache_salt=body.cache_salt,
         user=body.user,
         session_id=request.headers.get(SESSION_HEADER),
-        events=event_ids(model, body, request.headers.get(HEADER), params, params.n),
+        events=events,
     )
 
 

@@ -81,6 +81,8 @@ async def _generation(
     echoes = ["" for _ in prompts]
     if body.echo:
         echoes = await model.decode(token_ids, params.skip_special_tokens, "prompt")
+    events = event_ids(model, body, request.headers.get(HEADER), params, len(prompts) * params.n)
+    await model.engine.ready()
     generation = Generation(
         model,
         token_ids,
@@ -91,7 +93,7 @@ async def _generation(
         cache_salt=body.cache_salt,
         user=body.user,
         session_id=request.headers.get(SESSION_HEADER),
-        events=event_ids(model, body, request.headers.get(HEADER), params, len(prompts) * params.n),
+        events=events,
     )
     return generation, echoes
 
@@ -116,7 +118,10 @@ async def _encode(
         for text in texts:
             model.check_text(len(text), "prompt")
     encoded = await model.encode(texts, body.add_special_tokens is not False)
-    return encoded + [prompt for prompt in prompts if not isinstance(prompt, str)]
+    given = [prompt for prompt in prompts if not isinstance(prompt, str)]
+    for token_ids in given:
+        model.check_token_ids(token_ids, "prompt")
+    return encoded + given
 
 
 def _choice(
