@@ -192,6 +192,8 @@ def test_serve_run_works_beside_it_on_the_default_proxy(
             time.sleep(0.2)
         assert _answer(f"{url}/v1", "other")
         assert _answer(f"{manta_serve.url}/v1", "demo")  # neither took the other's place
+        # Serve waits graceful_shutdown_timeout_s, 120, if it takes a request for open.
+        server.end(signal.SIGINT, patience_s=150)
     assert server.process.returncode == 0
 
 
