@@ -15,11 +15,8 @@ import os
 import random
 import signal
 import statistics
-import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
@@ -30,6 +27,7 @@ import aiohttp
 
 from benchmarks.load import Connection, Reply, chat_body
 from benchmarks.record import Table, save, show
+from benchmarks.server import MANTA, running
 from serve_app.launch_plan import default_model
 from serve_app.ports import free_ports
 
@@ -38,7 +36,7 @@ STREAMS = 64
 STREAM_TOKENS = 900  # the demo's context holds 1024
 KILLS = 3  # runs with one, of each tp
 KILL_AFTER_S = 2.0  # from the first request; the streams must last longer
-START_S = 300
+RETRY_S = 0.2  # between a stream's connections
 
 
 def main(model: str) -> None:
@@ -102,6 +100,7 @@ async def _resuming(url: str, body: dict[str, Any]) -> Reply:
                     if response.status == 409:  # not the tokens it had
                         return reply
                     last = await _read_events(response, reply, last)
+            await asyncio.sleep(RETRY_S)
     return reply
 
 
@@ -128,33 +127,9 @@ def _server(model: str, tp: int, *options: str) -> Iterator[tuple[str, int]]:
     """The address of a server, and its pid."""
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
-    manta = str(Path(sys.executable).with_name("manta"))
-    command = [manta, "serve", model, "--tp", str(tp), "--model-name", MODEL_NAME]
-    command += ["--port", str(port), *options]
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    process = subprocess.Popen(command, env=kept, stdout=subprocess.DEVNULL)
-    try:
-        asyncio.run(_wait(url, process))
+    command = [MANTA, "serve", model, "--tp", str(tp), "--model-name", MODEL_NAME]
+    with running([*command, "--port", str(port), *options], url) as process:
         yield url, process.pid
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait()
-
-
-async def _wait(url: str, process: "subprocess.Popen[bytes]") -> None:
-    async with asyncio.timeout(START_S):
-        while not await asyncio.to_thread(_healthy, url):
-            if process.poll() is not None:
-                raise RuntimeError("the server did not start; run `manta serve` by itself")
-            await asyncio.sleep(0.5)
-
-
-def _healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5):
-            return True
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
-        return False
 
 
 def _pids(server: int, title: bytes) -> list[int]:

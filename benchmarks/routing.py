@@ -10,15 +10,9 @@ to the engine where its beginning is cached; without, its own engine computes it
 
 import argparse
 import asyncio
-import os
 import random
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +22,7 @@ import yaml
 
 from benchmarks.load import Connection, Reply
 from benchmarks.record import Table, save, show
+from benchmarks.server import MANTA, running
 from engine.tokenizer import Tokenizer
 from serve_app.launch_plan import default_model
 from serve_app.ports import free_ports
@@ -41,7 +36,6 @@ NUM_BLOCKS = NUM_TENANTS // 2 * TENANT_TOKENS // BLOCK_SIZE
 ANSWER_TOKENS = 8
 CLIENTS = 6
 WARM_UP, MEASURED = 500, 700  # requests: about 15 and 20 s, many exchanges of the directory
-START_S = 300.0
 SETTLE_S = 6.0  # until a first replica has noticed that it is not alone
 
 COLUMNS = ["routing", "prompt tokens found cached", "TTFT p50, ms", "TTFT p95, ms", "requests/s"]
@@ -144,36 +138,12 @@ def _server(routed: bool) -> Iterator[str]:
     app: dict[str, Any] = {"name": "bench", "import_path": "serve_app.app:build_app", "args": args}
     app["deployments"] = [{"name": "LLMReplica", "num_replicas": NUM_REPLICAS}]
     url = f"http://127.0.0.1:{port}"
-    manta = [str(Path(sys.executable).with_name("manta")), "serve", "--port", str(port)]
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    command = [MANTA, "serve", "--port", str(port)]
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "serve_config.yaml").write_text(yaml.dump({"applications": [app]}))
-        process = subprocess.Popen(manta, cwd=directory, env=kept, stdout=subprocess.DEVNULL)
-        try:
-            asyncio.run(_wait(url, process))
+        # So many answers that none of the requests meets a replica that starts.
+        with running(command, url, num_answers=3 * NUM_REPLICAS, cwd=directory):
             yield url
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.wait()
-
-
-async def _wait(url: str, process: "subprocess.Popen[bytes]") -> None:
-    """Until every replica answers, so that none of the requests meets one that starts."""
-    healthy = 0
-    async with asyncio.timeout(START_S):
-        while healthy < 3 * NUM_REPLICAS:
-            if process.poll() is not None:
-                raise RuntimeError("the server did not start; run `manta serve` by itself")
-            healthy += await asyncio.to_thread(_healthy, url)
-            await asyncio.sleep(0.5)
-
-
-def _healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5):
-            return True
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
-        return False
 
 
 if __name__ == "__main__":

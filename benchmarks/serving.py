@@ -9,21 +9,17 @@ and stub in this process, so what is left is HTTP, Ray and text.
 
 import asyncio
 import itertools
-import os
-import signal
 import statistics
-import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from benchmarks.load import Connection, Reply, chat_body
 from benchmarks.record import Table, save, show
+from benchmarks.server import running
 from benchmarks.stub_executor import StubExecutor, stub_info
 from benchmarks.stub_server import PACED_STEP_MS
 from engine.batcher import RequestBatcher
@@ -40,7 +36,6 @@ NUM_SINGLE = 300  # requests one after the other
 STREAMS = 32
 THROUGHPUT_STREAMS = 64
 STREAM_TOKENS = 900  # the demo's context holds 1024
-START_S = 300
 
 GOALS = ["≤ 2", "", "≤ 5 (32)", "≤ 5", "", "≥ 50,000"]
 
@@ -250,30 +245,8 @@ def _server(proxy: str) -> Iterator[str]:
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "benchmarks.stub_server", proxy, str(port)]
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    process = subprocess.Popen(command, env=kept, stdout=subprocess.DEVNULL)
-    try:
-        _wait(lambda: _healthy(url) and _healthy(f"{url}/paced"), process)
+    with running(command, url, f"{url}/paced"):
         yield url
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait()
-
-
-def _wait(ready: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_S
-    while not ready():
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError("the server did not start; run benchmarks.stub_server by itself")
-        time.sleep(0.5)
-
-
-def _healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5):
-            return True
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
-        return False
 
 
 if __name__ == "__main__":
