@@ -61,32 +61,11 @@ class Scheduler:
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request. InvalidRequestError when it could never be served."""
-        num_prompt_tokens = len(request.prompt_token_ids)
-        if num_prompt_tokens == 0:
-            raise InvalidRequestError("the prompt is empty; it needs at least one token", "prompt")
-        if num_prompt_tokens >= self.session_len:
-            raise InvalidRequestError(
-                f"the prompt has {num_prompt_tokens} tokens; this model takes at most "
-                f"{self.session_len - 1} so that one more can be generated",
-                "prompt",
-            )
         if request.request_id in self._sequences:
             raise InvalidRequestError(f"request id {request.request_id!r} is in use", "request_id")
         self._num_requests += 1
         seed = hash((self._seed, self._num_requests))
         seq = Sequence.from_request(request, self.session_len, seed)
-        if seq.num_output_tokens >= seq.max_output_tokens:
-            raise InvalidRequestError(
-                f"{seq.num_output_tokens} tokens are generated already and max_tokens is "
-                f"{seq.max_output_tokens}",
-                "output_token_ids",
-            )
-        if seq.params.min_tokens > seq.max_output_tokens:
-            raise InvalidRequestError(
-                f"min_tokens is {seq.params.min_tokens}; after this prompt at most "
-                f"{seq.max_output_tokens} tokens can be generated",
-                "min_tokens",
-            )
         self._counters["num_arrived"] += 1
         self._sequences[request.request_id] = seq
         self.waiting.append(seq)

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 from enum import Enum
 
+from engine.errors import InvalidRequestError
 from engine.outputs import TokenLogprobs
 from engine.sampling_params import SamplingParams
 
@@ -70,18 +71,23 @@ class Sequence:
 
     @classmethod
     def from_request(cls, request: EngineRequest, session_len: int, seed: int) -> "Sequence":
-        """`seed` is used when neither the request nor its params have one."""
+        """`seed` is used when neither the request nor its params have one.
+
+        InvalidRequestError when a session of that length has no room for it.
+        """
         params = request.params
         asked = params.seed if request.seed is None else request.seed
         num_prompt_tokens = len(request.prompt_token_ids)
         room = session_len - num_prompt_tokens
+        limit = room if params.max_tokens is None else min(params.max_tokens, room)
+        _check_room(request, session_len, limit)
         eos = () if params.ignore_eos else request.eos_token_ids
         return cls(
             request=request,
             token_ids=[*request.prompt_token_ids, *request.output_token_ids],
             num_prompt_tokens=num_prompt_tokens,
             seed=seed if asked is None else asked,
-            max_output_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            max_output_tokens=limit,
             stop_token_ids=frozenset(eos) | frozenset(params.stop_token_ids),
         )
 
@@ -108,3 +114,26 @@ class Sequence:
     @property
     def output_token_ids(self) -> list[int]:
         return self.token_ids[self.num_prompt_tokens :]
+
+
+def _check_room(request: EngineRequest, session_len: int, max_output_tokens: int) -> None:
+    num_prompt_tokens, num_generated = len(request.prompt_token_ids), len(request.output_token_ids)
+    if num_prompt_tokens == 0:
+        raise InvalidRequestError("the prompt is empty; it needs at least one token", "prompt")
+    if num_prompt_tokens >= session_len:
+        raise InvalidRequestError(
+            f"the prompt has {num_prompt_tokens} tokens; this model takes at most "
+            f"{session_len - 1} so that one more can be generated",
+            "prompt",
+        )
+    if num_generated >= max_output_tokens:
+        raise InvalidRequestError(
+            f"{num_generated} tokens are generated already and max_tokens is {max_output_tokens}",
+            "output_token_ids",
+        )
+    if request.params.min_tokens > max_output_tokens:
+        raise InvalidRequestError(
+            f"min_tokens is {request.params.min_tokens}; after this prompt at most "
+            f"{max_output_tokens} tokens can be generated",
+            "min_tokens",
+        )
