@@ -14,6 +14,7 @@ from hypothesis import settings
 from openai import OpenAI
 
 from kernels import cpu
+from kernels.gpu import interpreted
 
 if TYPE_CHECKING:
     from ray._private.node import Node as ClusterNode
@@ -29,6 +30,9 @@ os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
 os.environ.setdefault("RAY_metrics_report_interval_ms", "500")  # 10 s is long to wait for
 # torch too: tiny tensors gain nothing from threads, and spinning pools cost 2.5 times the CPU.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Their files run one by one, in processes of their own: tests/test_interpreter.py.
+collect_ignore = [] if interpreted() else ["interpreted"]
 
 MODEL_NAME = "tiny"
 SESSION_LEN = 512

@@ -1,0 +1,124 @@
+"""How a layer's keys and values lie in their blocks, and the arithmetic of quantised ones.
+
+Plain (quant_policy 0): one tensor [num_blocks, 2 * Hkv, block_size, D], keys' heads first
+(kernels/attention.py).
+
+Quantised: each token's D values of one head have a scale and a zero in float16,
+x = u * scale + zero. Policy 8 and 4 are asymmetric: zero = min, scale = (max - min) / (2^bits - 1),
+u = round((x - zero) / scale). Policy 16 is fp8 e4m3: scale = max |x| / 448, zero = 0. The numbers
+of the policies are LMDeploy's.
+
+The bytes lie as the lanes of a matrix unit hold an operand's fragment (16 x 8 tiles of
+mma.m16n8k16: a lane has elements 2l, 2l + 1, 8 + 2l, 9 + 2l), so that a GPU dequantises in
+registers. In every run of 16, element 8h + 2l + p is byte 2h + p of word l:
+
+    keys    words [num_blocks, Hkv, block_size, F / 4]        runs along the head's features
+    values  words [num_blocks, Hkv, block_size / 4, F]        runs along the tokens
+    params  words [num_blocks, 2 * Hkv, block_size]           scale in the low half, zero high
+
+with F = D for 8-bit values. 4-bit ones have two features per byte, d in the low and d + F in the
+high nibble, F = D / 2 rounded up to a multiple of 16.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+POLICIES = (0, 4, 8, 16)
+FP8_MAX = 448.0
+_LEAST_SCALE = 2.0**-24  # the smallest float16 above 0
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedKV:
+    """One layer's quantised cache."""
+
+    k: Tensor  # int32 [num_blocks, Hkv, block_size, F / 4]
+    v: Tensor  # int32 [num_blocks, Hkv, block_size / 4, F]
+    params: Tensor  # int32 [num_blocks, 2 * Hkv, block_size]
+    policy: int
+    head_dim: int
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def block_size(self) -> int:
+        return self.k.shape[2]
+
+
+LayerCache = Tensor | QuantizedKV
+
+
+def features_per_token(head_dim: int, policy: int) -> int:
+    """F: bytes that a token's keys (or values) of one head take."""
+    if policy != 4:
+        return head_dim
+    return -(-head_dim // 32) * 16
+
+
+def quantize_kv(x: Tensor, policy: int) -> tuple[Tensor, Tensor]:
+    """x [..., D] -> u uint8 [..., D] (policy 16: the bits of e4m3) and params float16 [..., 2]."""
+    x = x.float()
+    if policy == 16:
+        zero = torch.zeros_like(x[..., 0])
+        scale = (x.abs().amax(-1) / FP8_MAX).half().clamp_(min=_LEAST_SCALE)
+        scaled = (x / scale.float()[..., None]).clamp_(-FP8_MAX, FP8_MAX)
+        u = scaled.to(torch.float8_e4m3fn).view(torch.uint8)
+        return u, torch.stack((scale, zero.half()), -1)
+    largest = 2**policy - 1
+    zero = x.amin(-1).half()
+    scale = ((x.amax(-1) - zero.float()) / largest).half().clamp_(min=_LEAST_SCALE)
+    u = ((x - zero.float()[..., None]) / scale.float()[..., None]).round_().clamp_(0, largest)
+    return u.to(torch.uint8), torch.stack((scale, zero), -1)
+
+
+def dequantize_kv(u: Tensor, params: Tensor, policy: int) -> Tensor:
+    """float32 [..., D]."""
+    values = u.view(torch.float8_e4m3fn).float() if policy == 16 else u.float()
+    scale, zero = params.float().unbind(-1)
+    return values * scale[..., None] + zero[..., None]
+
+
+def join_nibbles(u: Tensor) -> Tensor:
+    """4-bit values [..., D] -> bytes [..., F]."""
+    half = features_per_token(u.shape[-1], 4)
+    u = torch.nn.functional.pad(u, (0, 2 * half - u.shape[-1]))
+    return u[..., :half] | u[..., half:] << 4
+
+
+def split_nibbles(packed: Tensor, head_dim: int) -> Tensor:
+    """Bytes [..., F] -> 4-bit values [..., D]."""
+    return torch.cat((packed & 15, packed >> 4), -1)[..., :head_dim]
+
+
+def k_words(values: Tensor) -> Tensor:
+    """Bytes [..., tokens, F] -> words int32 [..., tokens, F / 4]."""
+    *lead, f = values.shape
+    runs = values.reshape(*lead, f // 16, 2, 4, 2).transpose(-3, -2)  # run, lane, half, pair
+    return runs.reshape(*lead, f // 4, 4).view(torch.int32).squeeze(-1)
+
+
+def k_bytes(words: Tensor) -> Tensor:
+    """What `k_words` took."""
+    *lead, num_words = words.shape
+    runs = words.contiguous().view(torch.uint8).view(*lead, num_words // 4, 4, 2, 2)
+    return runs.transpose(-3, -2).reshape(*lead, num_words * 4)
+
+
+def v_words(values: Tensor) -> Tensor:
+    """Bytes [..., tokens, F] -> words int32 [..., tokens / 4, F]."""
+    *lead, tokens, f = values.shape
+    runs = values.reshape(*lead, tokens // 16, 2, 4, 2, f)  # run, half, lane, pair, feature
+    runs = runs.movedim((-4, -2), (-2, -1))  # run, lane, feature, half, pair
+    return runs.reshape(*lead, tokens // 4, f, 4).view(torch.int32).squeeze(-1)
+
+
+def v_bytes(words: Tensor) -> Tensor:
+    """What `v_words` took."""
+    *lead, rows, f = words.shape
+    runs = words.contiguous().view(torch.uint8).view(*lead, rows // 4, 4, f, 2, 2)
+    runs = runs.movedim((-2, -1), (-4, -2))  # run, half, lane, pair, feature
+    return runs.reshape(*lead, rows * 4, f)
