@@ -12,14 +12,15 @@ from torch import Tensor
 
 from engine.kv_cache import KVCache
 from engine.models.linear import (
+    GatedLinear,
     Linear,
     RowParallelLinear,
     VocabParallelEmbedding,
     VocabParallelHead,
 )
-from kernels.activation import silu_mul
 from kernels.attention import AttentionMetadata, paged_attention, store_kv
 from kernels.norm import add_rms_norm, head_rms_norm_
+from kernels.partials import Partials, summed
 from kernels.rope import apply_rope_
 
 
@@ -42,7 +43,7 @@ class Attention:
         rotary: tuple[Tensor, Tensor],
         meta: AttentionMetadata,
         cache: Tensor,
-    ) -> Tensor:
+    ) -> Tensor | Partials:
         heads, kv_heads = self.num_heads, self.num_kv_heads
         qkv = self.qkv(hidden).view(-1, heads + 2 * kv_heads, self.head_dim)
         qk = qkv[:, : heads + kv_heads]
@@ -59,11 +60,11 @@ class Attention:
 class MLP:
     """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
 
-    gate_up: Linear
+    gate_up: GatedLinear
     down: RowParallelLinear
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        return self.down(silu_mul(self.gate_up(hidden)))
+    def __call__(self, hidden: Tensor) -> Tensor | Partials:
+        return self.down(self.gate_up(hidden))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +104,17 @@ class Decoder:
         normalises. positions int64 [T].
         """
         rotary = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
-        hidden = inputs if self.embed is None else self.embed(inputs)
-        residual = torch.zeros_like(hidden)
+        added: Tensor | Partials = inputs if self.embed is None else self.embed(inputs)
+        residual: Tensor | None = None
         for layer, cache in zip(self.layers, kv_cache.layers, strict=True):
-            hidden, residual = add_rms_norm(hidden, residual, layer.input_norm, self.eps)
-            hidden = layer.attention(hidden, rotary, meta, cache)
-            hidden, residual = add_rms_norm(hidden, residual, layer.post_attention_norm, self.eps)
-            hidden = layer.mlp(hidden)
+            hidden, residual = add_rms_norm(added, residual, layer.input_norm, self.eps)
+            added = layer.attention(hidden, rotary, meta, cache)
+            hidden, residual = add_rms_norm(added, residual, layer.post_attention_norm, self.eps)
+            added = layer.mlp(hidden)
+        assert residual is not None, "a stage has layers"
         if self.norm is None:
-            return hidden.add_(residual)
-        return add_rms_norm(hidden, residual, self.norm, self.eps)[0]
+            return residual + summed(added)
+        return add_rms_norm(added, residual, self.norm, self.eps)[0]
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor | None:
