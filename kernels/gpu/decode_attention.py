@@ -164,7 +164,7 @@ def _specialise(form: Form, tile: Tile) -> tuple[Any, dict[str, Any]]:
         "BLOCK_SIZE": form.block_size,
         "TOKENS": tile.tokens,
         "ROWS": tile.rows,
-        "EXACT": form.dtype == torch.float32 or interpreted(),
+        "EXACT": _exact(form),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
@@ -177,6 +177,12 @@ def _specialise(form: Form, tile: Tile) -> tuple[Any, dict[str, Any]]:
         "F_WIDTH": width,
         "POLICY": form.policy,
     }
+
+
+def _exact(form: Form) -> bool:
+    """Whether products are of float32 numbers; the interpreter cannot multiply bf16 ones."""
+    plain_bf16 = form.policy == 0 and form.dtype == torch.bfloat16
+    return form.dtype == torch.float32 or (plain_bf16 and interpreted())
 
 
 def _merge_constants(form: Form, tile: Tile, splits: int) -> dict[str, Any]:
@@ -239,7 +245,8 @@ def _case(
     kernel, constants = _specialise(form, tile)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     name = str(form.dtype).removeprefix("torch.")
-    label = f"{name} {form.kv} D{form.head_dim} G{form.group} block {form.block_size} tile {tile.tokens}x{tile.rows}"
+    label = f"{name} {form.kv} D{form.head_dim} G{form.group} block {form.block_size}"
+    label += f" tile {tile.tokens}x{tile.rows}"
     cache = (torch.int32,) * 3 if form.policy else (form.dtype,)
     part = torch.float32 if split else None
     stride = form.num_kv_heads * form.group * form.head_dim

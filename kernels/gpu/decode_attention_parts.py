@@ -21,10 +21,7 @@ def split_bounds(context_len, window, split, splits, TOKENS: tl.constexpr):
 
     Splits are whole tiles, so that the first tile and the last one of a sequence alone are ragged.
     """
-    if window is None:
-        first_key = 0
-    else:
-        first_key = tl.maximum(context_len - window, 0)
+    first_key = 0 if window is None else tl.maximum(context_len - window, 0)
     first_tile = first_key // TOKENS
     per_split = tl.cdiv(tl.cdiv(context_len, TOKENS) - first_tile, splits)
     start = (first_tile + split * per_split) * TOKENS
