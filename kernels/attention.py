@@ -41,7 +41,7 @@ class AttentionMetadata:
     block_size: int
     device: str
     addresses: tuple[int, int, int]  # of block_tables, context_lens, slot_mapping: native kernels
-    derived: "_Derived" = field(default_factory=lambda: _Derived({}, {}, {}))
+    derived: "_Derived" = field(default_factory=lambda: _Derived({}, {}, {}, {}))
 
     @classmethod
     def build(
@@ -175,11 +175,15 @@ def _attend_tile(q: Tensor, cache: LayerCache, keys: KeyBlocks, scale: float) ->
 
 @dataclass(frozen=True, slots=True)
 class _Derived:
-    """By number of heads in a block, and by window. The caches of all layers have one shape."""
+    """By number of heads in a block, by window, by RotaryTable (kernels/rope.py).
+
+    The caches of all layers have one shape.
+    """
 
     store_rows: dict[int, Tensor]
     decode_plans: dict[int | None, DecodePlan]
     prefill_tiles: dict[int | None, list[PrefillTile]]
+    angles: dict[object, tuple[Tensor, Tensor]]
 
 
 def _store_rows(meta: AttentionMetadata, num_heads: int) -> Tensor:
