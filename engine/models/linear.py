@@ -6,11 +6,11 @@ some input features, and the ranks' results are summed. Vocabulary-parallel: it 
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.parallel import ParallelGroup
 from kernels.dense_linear import DenseWeight, dense_linear
+from kernels.embedding import embed
 from kernels.int4_linear import Int4Weight, int4_linear
 from kernels.int8_linear import Int8Weight, int8_linear
 
@@ -53,11 +53,8 @@ class VocabParallelEmbedding:
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         if self.group.size == 1:
-            return F.embedding(input_ids, self.weight)
-        local = input_ids - self.first
-        elsewhere = (local < 0) | (local >= self.weight.shape[0])
-        rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return self.group.all_reduce(rows.masked_fill_(elsewhere.unsqueeze(1), 0))
+            return embed(input_ids, self.weight)
+        return self.group.all_reduce(embed(input_ids, self.weight, self.first))
 
 
 @dataclass(frozen=True, slots=True)
