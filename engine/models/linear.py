@@ -7,12 +7,12 @@ some input features, and the ranks' results are summed. Vocabulary-parallel: it 
 from dataclasses import dataclass
 from typing import Literal, overload
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.parallel import ParallelGroup
 from kernels.activation import silu_mul
 from kernels.dense_linear import DenseWeight, dense_linear
+from kernels.embedding import embed
 from kernels.gpu.w4a16_pack import W4A16Weight
 from kernels.int4_linear import Int4Weight, int4_linear, int4_silu_mul
 from kernels.int8_linear import Int8Weight, int8_linear
@@ -82,11 +82,8 @@ class VocabParallelEmbedding:
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         if self.group.size == 1:
-            return F.embedding(input_ids, self.weight)
-        local = input_ids - self.first
-        elsewhere = (local < 0) | (local >= self.weight.shape[0])
-        rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return self.group.all_reduce(rows.masked_fill_(elsewhere.unsqueeze(1), 0))
+            return embed(input_ids, self.weight)
+        return self.group.all_reduce(embed(input_ids, self.weight, self.first))
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ from engine.weights.checkpoint import Checkpoint
 from engine.weights.origin import Origin, weights_fingerprint
 from engine.weights.packed_file import Packed
 from kernels.dense_linear import DenseWeight
-from kernels.rope import signed_sin
+from kernels.rope import RotaryTable, signed_sin
 from kernels.stored_weight import Weight, layouts
 
 
@@ -152,8 +152,7 @@ class _Builder:
             layers=tuple(self._layer(i, session_len) for i in shard.layers),
             norm=self._tensor("norm") if shard.is_last else None,
             head=self._head() if shard.is_last else None,
-            cos=cos,
-            sin=signed_sin(sin),
+            rotary=RotaryTable(cos, signed_sin(sin)),
             eps=spec.rms_norm_eps,
         )
 
