@@ -12,6 +12,7 @@ from zlib import crc32
 import torch
 
 from engine.batch import PENDING, Batch, PromptScore, Sampling
+from engine.block_tables import BlockTables
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.executor import EngineInfo
@@ -73,6 +74,7 @@ class Worker:
             group.size,
             len(self._decoder.layers),
         )
+        self._tables = BlockTables(config.max_num_seqs, self.session_len, self.block_size)
         self._sampler = Sampler(
             self.spec.vocab_size, config.max_num_seqs, self.session_len, self.device
         )
@@ -88,6 +90,7 @@ class Worker:
             device=self.device,
             tp=self._group.size,
             pp=self._group.num_stages,
+            max_in_flight=self._group.num_stages,
         )
 
     def execute(self, batch: Batch, sampling: Sampling | None) -> StepResult | None:
@@ -98,18 +101,19 @@ class Worker:
     def forward(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor:
         """This stage's layers: [T, H] of the stage before (None: this is the first) -> [T, H]."""
         assert batch.input_ids.min() != PENDING, "this worker is not driven ahead"
+        places = self._tables.advance(batch)
         meta = AttentionMetadata.build(
             batch.query_start_loc,
             batch.context_lens,
-            batch.block_tables,
-            batch.slot_mapping,
+            places.block_tables,
+            places.slot_mapping,
             batch.num_decodes,
             self.block_size,
             self.device,
         )
         if hidden is None:
             hidden = torch.from_numpy(batch.input_ids).to(self.device, torch.int64)
-        positions = torch.from_numpy(batch.positions).to(self.device, torch.int64)
+        positions = torch.from_numpy(places.positions).to(self.device, torch.int64)
         return self._decoder.forward(hidden, positions, meta, self._kv_cache)
 
     @torch.inference_mode()
