@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kernels.attention_plan import DecodePlan, Int32Array, KeyBlocks, Planner, PrefillTile
 from kernels.cpu import check_dense, library, library_for
+from kernels.gpu.step import GpuStep
 from kernels.kv_layout import LayerCache, QuantizedKV, heads_of
 
 NATIVE_HEAD_DIMS = (32, 64, 96, 128, 256)  # those kernels/cpu/attention.cpp is compiled for
@@ -97,9 +98,15 @@ def store_kv(kv: Tensor, cache: LayerCache, meta: AttentionMetadata) -> None:
 
 
 def paged_attention(
-    q: Tensor, cache: LayerCache, meta: AttentionMetadata, scale: float, window: int | None
+    q: Tensor,
+    cache: LayerCache,
+    meta: AttentionMetadata | GpuStep,
+    scale: float,
+    window: int | None,
 ) -> Tensor:
     """q [T, Hq, D] -> [T, Hq, D]; the step's own keys and values are stored already."""
+    if isinstance(meta, GpuStep):
+        return _paged_attention_gpu(q, cache, meta, scale, window)
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, stored_dim = heads_of(cache)
     assert num_heads % num_kv_heads == 0
@@ -117,6 +124,21 @@ def paged_attention(
         queries = slice(tile.first, tile.last)
         out[queries] = _attend_tile(grouped[queries], cache, tile.keys, scale)
     return out.view(q.shape)
+
+
+def _paged_attention_gpu(
+    q: Tensor, cache: LayerCache, step: GpuStep, scale: float, window: int | None
+) -> Tensor:
+    out = q.new_empty(q.shape)
+    if step.num_decodes:
+        from kernels.gpu.decode_attention import decode_attention
+
+        decode_attention(q, cache, step, out, scale=scale, window=window)
+    if step.max_query_len:
+        from kernels.gpu.prefill_attention import prefill_attention
+
+        prefill_attention(q, cache, step, out, scale=scale, window=window)
+    return out
 
 
 def _attend_decodes(

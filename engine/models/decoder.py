@@ -12,15 +12,16 @@ from torch import Tensor
 
 from engine.kv_cache import KVCache
 from engine.models.linear import (
+    GatedLinear,
     Linear,
     RowParallelLinear,
     VocabParallelEmbedding,
     VocabParallelHead,
 )
-from kernels.activation import silu_mul
 from kernels.attention import AttentionMetadata, paged_attention
 from kernels.kv_layout import LayerCache
 from kernels.norm import add_rms_norm
+from kernels.partials import Partials, summed
 from kernels.rope import RotaryTable, rope_and_store
 
 
@@ -44,9 +45,9 @@ class Attention:
         positions: Tensor,
         meta: AttentionMetadata,
         cache: LayerCache,
-    ) -> Tensor:
+    ) -> Tensor | Partials:
         q = rope_and_store(
-            self.qkv(hidden),
+            self.qkv(hidden, partial=True),
             self.qk_norm,
             self.eps,
             rotary,
@@ -65,11 +66,11 @@ class Attention:
 class MLP:
     """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
 
-    gate_up: Linear
+    gate_up: GatedLinear
     down: RowParallelLinear
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        return self.down(silu_mul(self.gate_up(hidden)))
+    def __call__(self, hidden: Tensor) -> Tensor | Partials:
+        return self.down(self.gate_up(hidden))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,16 +108,17 @@ class Decoder:
         Further stages take the hidden [T, H] of the one before, which only the last one
         normalises. positions int64 [T].
         """
-        hidden = inputs if self.embed is None else self.embed(inputs)
-        residual = torch.zeros_like(hidden)
+        added: Tensor | Partials = inputs if self.embed is None else self.embed(inputs)
+        residual: Tensor | None = None
         for layer, cache in zip(self.layers, kv_cache.layers, strict=True):
-            hidden, residual = add_rms_norm(hidden, residual, layer.input_norm, self.eps)
-            hidden = layer.attention(hidden, self.rotary, positions, meta, cache)
-            hidden, residual = add_rms_norm(hidden, residual, layer.post_attention_norm, self.eps)
-            hidden = layer.mlp(hidden)
+            hidden, residual = add_rms_norm(added, residual, layer.input_norm, self.eps)
+            added = layer.attention(hidden, self.rotary, positions, meta, cache)
+            hidden, residual = add_rms_norm(added, residual, layer.post_attention_norm, self.eps)
+            added = layer.mlp(hidden)
+        assert residual is not None, "a stage has layers"
         if self.norm is None:
-            return hidden.add_(residual)
-        return add_rms_norm(hidden, residual, self.norm, self.eps)[0]
+            return residual + summed(added)
+        return add_rms_norm(added, residual, self.norm, self.eps)[0]
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor | None:

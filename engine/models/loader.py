@@ -18,6 +18,7 @@ from engine.errors import CheckpointError
 from engine.models.decoder import MLP, Attention, Decoder, DecoderLayer
 from engine.models.layout import HARMLESS, expected_tensors
 from engine.models.linear import (
+    GatedLinear,
     Linear,
     RowParallelLinear,
     VocabParallelEmbedding,
@@ -173,7 +174,7 @@ class _Builder:
             attention=self._attention(index, session_len),
             post_attention_norm=self._tensor(f"{name}.post_attention_norm"),
             mlp=MLP(
-                gate_up=self._linear(f"{name}.gate_up"),
+                gate_up=GatedLinear(self._linear(f"{name}.gate_up")),
                 down=self._row_parallel(f"{name}.down"),
             ),
         )

@@ -187,8 +187,10 @@ def cases(module: str) -> list[CompileCase]:
     """The module's, and one for each of its tiles in configs/kernels."""
     listed: list[CompileCase] = list(_module(module).compile_cases())
     for path in sorted(tiles.FOLDER.glob("*.json")):
-        for key, tile in tiles.tables(path).get(module, {}).items():
-            listed.append(_module(module).tile_case(dict(key), tile))
+        for kernel, table in tiles.tables(path).items():
+            if tiles.module_of(kernel) == module:
+                case = _module(module).tile_case
+                listed += [case(kernel, dict(key), tile) for key, tile in table.items()]
     return list({case.label: case for case in listed}.values())
 
 

@@ -9,8 +9,8 @@ centred zero z = zero + CENTRE * scale, which is small where values are balanced
 so that scales and zeros multiply scores and probabilities, never keys or values.
 
 4-bit features come in the order of `feature_order`: their order does not matter to a sum over
-features, and that of an output's columns is free. With `EXACT` (float32 activations, or the
-interpreter) operands are float32, else float16.
+features, and that of an output's columns is free. With `EXACT` (float32 activations) operands are
+float32, else float16.
 """
 
 import triton
@@ -90,7 +90,7 @@ def _bytes(words, POLICY: tl.constexpr, EXACT: tl.constexpr):
     else:
         b0, b1, b2, b3 = _fp8_values(words)
     values = tl.join(tl.join(b0, b2), tl.join(b1, b3))  # join adds a last axis
-    return values.to(tl.float32) if EXACT else values
+    return values.to(tl.float32 if EXACT else tl.float16)
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def _nibbles(words, EXACT: tl.constexpr):
     low = tl.join(tl.join(a0, a2), tl.join(a1, a3))
     high = tl.join(tl.join(b0, b2), tl.join(b1, b3))
     values = tl.join(low, high)
-    return values.to(tl.float32) if EXACT else values
+    return values.to(tl.float32 if EXACT else tl.float16)
 
 
 @triton.jit
