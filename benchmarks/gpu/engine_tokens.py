@@ -33,7 +33,9 @@ def run(bench: Bench) -> None:
     lens = PROMPT_LENS if plan.on_gpu else (1, 20)
     prompts = [random_prompts(1, length, shape.vocab_size)[0] for length in lens]
     with tempfile.TemporaryDirectory() as folder:
-        checkpoints = dict(zip(("int4", "dense"), write_checkpoints(Path(folder), shape), strict=True))
+        checkpoints = dict(
+            zip(("int4", "dense"), write_checkpoints(Path(folder), shape), strict=True)
+        )
         for name, path in checkpoints.items() if plan.on_gpu else [("int4", checkpoints["int4"])]:
             expected = bench.attempt(
                 f"transformers {name}", partial(_transformers, bench, path, prompts)
@@ -43,7 +45,9 @@ def run(bench: Bench) -> None:
             for graphs, ahead in itertools.product((True, False), repeat=2):
                 if not plan.on_gpu and graphs:
                     continue
-                label = f"{name}, {'graphs' if graphs else 'eager'}, {'ahead' if ahead else 'in turn'}"
+                label = (
+                    f"{name}, {'graphs' if graphs else 'eager'}, {'ahead' if ahead else 'in turn'}"
+                )
                 switches = {"enable_cuda_graphs": graphs, "enable_async_scheduling": ahead}
                 bench.attempt(
                     label, partial(_compare, bench, label, path, prompts, expected, 0.0, **switches)
