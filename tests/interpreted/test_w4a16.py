@@ -89,7 +89,17 @@ def test_linear(dtype: torch.dtype, symmetric: bool, m: int, bias: bool) -> None
 @pytest.mark.parametrize("scale", ["after", "before"])
 @pytest.mark.parametrize(
     ("n", "k", "group_size"),
-    [(64, 96, 32), (72, 192, 64), (8, 128, 128), (200, 224, 32), (64, 192, 96), (320, 256, 128)],
+    [
+        (64, 96, 32),
+        (72, 192, 64),
+        (8, 128, 128),
+        (200, 224, 32),
+        (64, 192, 96),
+        (320, 256, 128),
+        (64, 256, 32),  # four groups in a step
+        (128, 384, 64),  # two
+        (64, 512, 256),
+    ],
 )
 def test_shapes(
     monkeypatch: pytest.MonkeyPatch, n: int, k: int, group_size: int, scale: str
