@@ -132,8 +132,13 @@ def tile_for(form: Form) -> Tile:
 
 
 def default_tile(form: Form) -> Tile:
+    """Chosen from what the compiler makes of them (Triton 3.6 and 3.9), not yet from times."""
     rows = 16 if form.group <= 16 else 32
-    return Tile(min(form.block_size, 64), rows, num_warps=4, num_stages=3)
+    if form.dtype == torch.float32:  # products without matrix units; larger tiles spill
+        return Tile(min(form.block_size, 16), rows, num_warps=4, num_stages=3)
+    # Three stages keep two tiles on their way: 64 KiB of bf16 per program at D = 128.
+    tokens = 32 if form.policy == 0 and form.head_dim > 128 else 64
+    return Tile(min(form.block_size, tokens), rows, num_warps=4, num_stages=3)
 
 
 def _form(q: Tensor, cache: LayerCache) -> Form:
