@@ -16,7 +16,7 @@ from engine.block_tables import BlockTables
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.executor import EngineInfo
-from engine.kv_cache import KVCache, bytes_per_block
+from engine.kv_cache import KVCache, bytes_per_block, check_quant_policy
 from engine.models import DecoderSpec, load_decoder, load_spec, resolve_dtype
 from engine.models.rope import DynamicRope
 from engine.outputs import StepResult, TokenLogprobs
@@ -43,6 +43,7 @@ class Worker:
         self.spec = load_spec(origin.settings)
         self.dtype = resolve_dtype(config.dtype, self.spec, self.device)
         self.block_size = block_size_of(config, self.device)
+        check_quant_policy(self.spec, config.quant_policy, self.device)
         self._group = group
         limit = session_limit(config, self.spec)
         self._decoder = load_decoder(
@@ -73,6 +74,7 @@ class Worker:
             self.device,
             group.size,
             len(self._decoder.layers),
+            config.quant_policy,
         )
         self._tables = BlockTables(config.max_num_seqs, self.session_len, self.block_size)
         self._sampler = Sampler(
@@ -154,7 +156,12 @@ class Worker:
             return config.cache_max_entry_count
         num_layers = len(self._decoder.layers)
         block_bytes = bytes_per_block(
-            self.spec, self.block_size, self.dtype, self._group.size, num_layers
+            self.spec,
+            self.block_size,
+            self.dtype,
+            self._group.size,
+            num_layers,
+            config.quant_policy,
         )
         free = max(0, free_memory(self.device) - mapped_bytes * self._group.num_neighbours)
         budget = int(free * config.cache_max_entry_count)

@@ -35,6 +35,13 @@ def test_a_tile_is_found_by_its_key_in_any_order(gpu: str) -> None:
     assert tiles.lookup(KERNEL, n=4096, m=32) == TILE | {"block_n": 64}
 
 
+def test_a_module_has_several_kernels(gpu: str) -> None:
+    _write(gpu, kernels={f"{KERNEL}_gated": [{"key": KEY, "tile": TILE}]})
+    assert tiles.module_of(f"{KERNEL}_gated") == KERNEL
+    assert tiles.lookup(f"{KERNEL}_gated", **KEY) == TILE
+    assert tiles.lookup(KERNEL, **KEY) is None
+
+
 def test_what_was_not_measured_takes_the_default(gpu: str) -> None:
     assert tiles.lookup(KERNEL, m=16, n=4096) is None
     tiles.tables.cache_clear()
@@ -57,7 +64,7 @@ def test_there_is_no_tile_without_a_gpu() -> None:
         ({"kernels": {KERNEL: {}}}, "not a list"),
         ({"kernels": {KERNEL: [{"key": KEY}]}}, "not an object of key and tile"),
         ({"kernels": {KERNEL: [{"key": {"m": 1.5}, "tile": {}}]}}, "the key is"),
-        ({"kernels": {KERNEL: [{"key": KEY, "tile": {"block_n": "128"}}]}}, "the tile is"),
+        ({"kernels": {KERNEL: [{"key": KEY, "tile": {"block_n": [128]}}]}}, "the tile is"),
         ({"kernels": {KERNEL: [{"key": KEY, "tile": TILE}] * 2}}, "is there twice"),
         (
             {"kernels": {KERNEL: [{"key": KEY, "tile": TILE}, {"key": {"m": 1}, "tile": TILE}]}},

@@ -6,19 +6,19 @@ configs/kernels/<gpu>.json, written by `python -m benchmarks.gpu tune` on that G
       "gpu": "nvidia-h200",             the name of the file, and of the device in this spelling
       "triton": "3.6.0",                what compiled the kernels
       "kernels": {
-        "w4a16": [                      a module of kernels/gpu
+        "w4a16": [                      a module of kernels/gpu, or one's form: w4a16_gated
           {"key": {"m": 16, "n": 4096, "k": 4096}, "tile": {"block_n": 128, "num_warps": 4}}
         ]
       }
     }
 
-Keys are integers or strings, values of tiles integers. What a key means is the launcher's: sizes
-that vary from step to step are rounded to buckets there. A shape without an entry, and a GPU
-without a file, take the launcher's default.
+Keys and tiles are integers and strings by name (a tile's also null, its launcher's choice). What
+they mean is the launcher's: sizes that vary from step to step are rounded to buckets there. A
+shape without an entry, and a GPU without a file, take the launcher's default.
 
 A module with tuned tiles also has
-    candidates(**key) -> list[Tile]                    what `tune` tries for a key
-    tile_case(key, tile) -> CompileCase                so that every tile of a file is compiled
+    candidates(kernel, **key) -> list[Tile]             what `tune` tries for a key
+    tile_case(kernel, key, tile) -> CompileCase         so that every tile of a file is compiled
 """
 
 import json
@@ -35,7 +35,7 @@ from kernels.gpu import interpreted
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "kernels"
 
-Tile = dict[str, int]
+Tile = dict[str, Any]
 Key = dict[str, int | str]
 _Table = dict[tuple[tuple[str, int | str], ...], Tile]
 
@@ -48,7 +48,7 @@ def lookup(kernel: str, **key: int | str) -> Tile | None:
         tile, asked = _trials[kernel]
         asked.append(key)
         return tile
-    assert kernel in _modules(), f"kernels/gpu has no module {kernel!r}"
+    assert module_of(kernel), f"kernels/gpu has no module for {kernel!r}"
     gpu = gpu_name()
     if gpu is None:
         return None
@@ -110,7 +110,7 @@ def tables(path: Path) -> dict[str, _Table]:
 
 
 def _table(where: str, kernel: str, entries: Any) -> _Table:
-    _check(kernel in _modules(), f"{where}: kernels/gpu has no such module")
+    _check(module_of(kernel) is not None, f"{where}: kernels/gpu has no such module")
     _check(isinstance(entries, list), f"{where}: not a list")
     table: _Table = {}
     for index, entry in enumerate(entries):
@@ -125,8 +125,9 @@ def _table(where: str, kernel: str, entries: Any) -> _Table:
             f"{place}: the key is {key}, not integers and strings by name",
         )
         _check(
-            isinstance(tile, dict) and all(isinstance(v, int) for v in tile.values()),
-            f"{place}: the tile is {tile}, not integers by name",
+            isinstance(tile, dict)
+            and all(v is None or isinstance(v, int | str) for v in tile.values()),
+            f"{place}: the tile is {tile}, not integers and strings by name",
         )
         names = tuple(sorted(key.items()))
         _check(names not in table, f"{place}: {key} is there twice")
@@ -155,5 +156,8 @@ def _check(right: bool, fault: str) -> None:
 
 
 @cache
-def _modules() -> frozenset[str]:
-    return frozenset(path.stem for path in Path(__file__).parent.glob("*.py"))
+def module_of(kernel: str) -> str | None:
+    """Of kernels/gpu: the one of that name, or the longest whose form the name is."""
+    modules = [path.stem for path in Path(__file__).parent.glob("*.py")]
+    found = [name for name in modules if kernel == name or kernel.startswith(f"{name}_")]
+    return max(found, key=len, default=None)
