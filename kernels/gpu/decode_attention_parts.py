@@ -72,30 +72,31 @@ def store_rows(
         tl.store(part_stat_ptr + parts * 2 + 1, row_sum, mask=row_mask)
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["context_lens_ptr", "window", "num_splits"])
 def merge_splits_kernel(
     part_out_ptr,
     part_stat_ptr,
     context_lens_ptr,
     out_ptr,  # [S * Hq, D]
     window,
+    num_splits,
     QUERY_HEADS: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,  # the power of two >= D
     TOKENS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    WIDTH_SPLITS: tl.constexpr,  # the power of two >= num_splits
 ):
     row = tl.program_id(0).to(tl.int64)
-    splits = tl.arange(0, SPLITS)
+    splits = tl.arange(0, WIDTH_SPLITS)
     offs_d = tl.arange(0, WIDTH)
     context_len = tl.load(context_lens_ptr + row // QUERY_HEADS)
-    _, first, last = split_bounds(context_len, window, splits, SPLITS, TOKENS)
-    written = first < last
-    stats = part_stat_ptr + (row * SPLITS + splits) * 2
+    _, first, last = split_bounds(context_len, window, splits, num_splits, TOKENS)
+    written = (first < last) & (splits < num_splits)
+    stats = part_stat_ptr + (row * num_splits + splits) * 2
     row_max = tl.load(stats, mask=written, other=HIDDEN)
     row_sum = tl.load(stats + 1, mask=written, other=0.0)
     weight = tl.exp2(row_max - tl.max(row_max, 0))
-    parts = (row * SPLITS + splits)[:, None] * D + offs_d[None, :]
+    parts = (row * num_splits + splits)[:, None] * D + offs_d[None, :]
     mask = written[:, None] & (offs_d < D)[None, :]
     out = tl.sum(tl.load(part_out_ptr + parts, mask=mask, other=0.0) * weight[:, None], 0)
     total = tl.sum(row_sum * weight, 0)

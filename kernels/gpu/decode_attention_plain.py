@@ -14,11 +14,12 @@ from kernels.gpu.decode_attention_parts import (
     split_bounds,
     store_rows,
 )
-
 from kernels.gpu.flags import LOG2_E
 
 
-@triton.jit(do_not_specialize=["table_stride", "window"])
+@triton.jit(
+    do_not_specialize=["block_tables_ptr", "rows_ptr", "context_lens_ptr", "window", "table_stride"]
+)
 def decode_plain_kernel(
     q_ptr,  # [S, HEADS * G, D] by strides
     cache_ptr,  # [blocks, 2 * HEADS, BLOCK_SIZE, D]

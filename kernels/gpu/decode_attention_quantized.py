@@ -38,7 +38,9 @@ def _log2(x, EXACT: tl.constexpr):
     return y
 
 
-@triton.jit(do_not_specialize=["table_stride", "window"])
+@triton.jit(
+    do_not_specialize=["block_tables_ptr", "rows_ptr", "context_lens_ptr", "window", "table_stride"]
+)
 def decode_quantized_kernel(
     q_ptr,  # [S, HEADS * G, D] by strides
     k_ptr,  # words [blocks, HEADS, BLOCK_SIZE, F / 4]
