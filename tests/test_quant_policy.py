@@ -98,8 +98,8 @@ def test_logits_are_close_to_plain_ones(family: str, policy: int, bound: float) 
     path = tiny_model(family, hidden_size=64, head_dim=16).path
     prompt = prompts()[-1]
     plain = PagedDecoder(path).logits(prompt)
-    whole = PagedDecoder(path, quant_policy=policy, block_size=16).logits(prompt)
-    pieces = PagedDecoder(path, quant_policy=policy, block_size=16).logits(prompt, chunk=9)
+    whole = PagedDecoder(path, quant_policy=policy).logits(prompt)
+    pieces = PagedDecoder(path, quant_policy=policy).logits(prompt, chunk=9)
     error = (whole - plain).norm() / (plain - plain.mean(-1, keepdim=True)).norm()
     assert 0 < error < bound
     torch.testing.assert_close(pieces, whole, rtol=1e-3, atol=1e-3)

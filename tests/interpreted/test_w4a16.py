@@ -37,7 +37,9 @@ def packed(
     weight = pack_int4(q, zeros, scales, dtype, "cuda", input_order=order)
     assert isinstance(weight, W4A16Weight)
     assert (weight.zeros is None) == symmetric
-    exact = (q.double().view(-1, group_size, n) - zeros.double()[:, None]) * scales.double()[:, None]
+    exact = (q.double().view(-1, group_size, n) - zeros.double()[:, None]) * scales.double()[
+        :, None
+    ]
     value = exact.view(k, n).t()
     if order is not None:
         value = torch.zeros_like(value).index_copy_(1, order, value)
