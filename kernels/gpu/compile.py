@@ -40,7 +40,7 @@ Argument = torch.dtype | int | float | None
 class CompileCase:
     """A kernel with the types of its run-time arguments, its constants and its launch options."""
 
-    label: str  # unique
+    label: str  # unique in its module
     kernel: Any  # triton.runtime.JITFunction
     arguments: tuple[Argument, ...]  # a dtype is a pointer to it; an int also says divisibility
     constants: dict[str, Any]
@@ -186,6 +186,7 @@ def modules() -> list[str]:
 def cases(module: str) -> list[CompileCase]:
     """The module's, and one for each of its tiles in configs/kernels."""
     listed: list[CompileCase] = list(_module(module).compile_cases())
+    assert len({case.label for case in listed}) == len(listed), f"{module} repeats a label"
     for path in sorted(tiles.FOLDER.glob("*.json")):
         for kernel, table in tiles.tables(path).items():
             if tiles.module_of(kernel) == module:
@@ -209,6 +210,11 @@ class Job:
     module: str
     label: str
     capability: int
+
+    @property
+    def name(self) -> str:
+        """In the table."""
+        return f"{self.module}: {self.label}"
 
 
 def jobs(module: str, capabilities: Iterable[int] = CAPABILITIES) -> list[Job]:
@@ -238,29 +244,29 @@ def compiling(work: Sequence[Job]) -> Iterator[tuple[Job, "Future[Compiled]"]]:
 
 
 def table() -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    """Numbers by Triton's version, capability and label."""
+    """Numbers by Triton's version, capability and Job.name."""
     content: dict[str, dict[str, dict[str, dict[str, float]]]] = json.loads(TABLE.read_text())
     return content
 
 
 def write_table(results: dict[Job, Compiled]) -> None:
-    """Takes in what was compiled here and drops, for all versions, the labels of no case."""
+    """Takes in what was compiled here and drops, for all versions, what is no case any more."""
     import triton
 
     content = table() if TABLE.exists() else {}
     here = content.setdefault(triton.__version__, {})
     for job, compiled in results.items():
-        here.setdefault(str(job.capability), {})[job.label] = asdict(compiled)
-    known = {(str(job.capability), job.label) for name in modules() for job in jobs(name)}
+        here.setdefault(str(job.capability), {})[job.name] = asdict(compiled)
+    known = {(str(job.capability), job.name) for name in modules() for job in jobs(name)}
     kept = {
         version: {
-            capability: {label: row for label, row in rows.items() if (capability, label) in known}
+            capability: {name: row for name, row in rows.items() if (capability, name) in known}
             for capability, rows in by_capability.items()
         }
         for version, by_capability in content.items()
     }
     text = json.dumps(kept, indent=1, sort_keys=True)
-    # A line per label.
+    # A line per job.
     text = re.sub(r"{([^{}]+)}", lambda row: "{" + " ".join(row[1].split()) + "}", text)
     TABLE.write_text(text + "\n")
 
@@ -274,9 +280,9 @@ def main() -> None:
     work = [job for name in arguments.modules or modules() for job in jobs(name, arguments.arch)]
     results = {}
     failed = 0
-    print(f"{'':58s}  arch  regs spills  shared  wgmma   mma  per element")
+    print(f"{'':70s}  arch  regs spills  shared  wgmma   mma  per element")
     for job, future in compiling(work):
-        name = f"{job.module + ' ' + job.label:58s} {job.capability:5d}"
+        name = f"{job.name:70s} {job.capability:5d}"
         try:
             found = results[job] = future.result()
         except CompileError as error:
