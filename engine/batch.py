@@ -1,8 +1,10 @@
 """Batch: one step's work as flat int32 arrays in one buffer, the only thing ranks exchange.
 
 Rows of the batch are sequences, decode rows (one new token) first. All arrays are views into
-`buffer`, so that a step is one host-to-device copy or one broadcast. What only the sampling rank
-needs travels beside it in Sampling.
+`buffer`, so that a step is one host-to-device copy or one broadcast. Every worker keeps the block
+tables (engine/block_tables.py): a batch names the entries that changed since the one before, and
+positions and slots follow from that. What only the sampling rank needs travels beside it in
+Sampling.
 """
 
 from dataclasses import dataclass
@@ -18,22 +20,21 @@ if TYPE_CHECKING:
 
 Int32Array = NDArray[np.int32]
 PENDING = -1  # an input id the host does not know yet: the step before samples it
-_HEADER = 6  # num_tokens, num_seqs, num_blocks, num_logits, num_sampled, num_decodes
+HEADER = 6  # num_tokens, num_seqs, num_logits, num_changes, num_sampled, num_decodes
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step for every rank. T tokens, S sequences, B blocks in the longest table, L logits."""
+    """One step for every rank. T tokens, S sequences, L logits, C changes of block tables."""
 
     buffer: Int32Array
     input_ids: Int32Array  # [T] or PENDING
-    positions: Int32Array  # [T]
-    slot_mapping: Int32Array  # [T] block_id * block_size + offset: where each token's KV goes
     rows: Int32Array  # [S] request-table rows
     query_start_loc: Int32Array  # [S+1] prefix sums of new tokens
     context_lens: Int32Array  # [S] KV length including the new tokens
-    block_tables: Int32Array  # [S, B]; entries past a sequence's own blocks are arbitrary ids
     logit_indices: Int32Array  # [L] tokens whose logits are wanted: to sample, then to score
+    table_entries: Int32Array  # [C] row * table width + index, each once
+    table_block_ids: Int32Array  # [C] what is there from this step on
     num_sampled: int
     num_decodes: int  # the first rows, those that have exactly one new token
 
@@ -48,72 +49,79 @@ class Batch:
     @classmethod
     def unpack(cls, buffer: Int32Array) -> "Batch":
         """The batch whose arrays view `buffer`: the header, then the arrays in field order."""
-        tokens, seqs, blocks, logits, num_sampled, num_decodes = buffer[:_HEADER].tolist()
+        tokens, seqs, logits, changes, num_sampled, num_decodes = buffer[:HEADER].tolist()
         arrays: list[Int32Array] = []
-        end = _HEADER
-        for size in (tokens, tokens, tokens, seqs, seqs + 1, seqs, seqs * blocks, logits):
+        end = HEADER
+        for size in (tokens, seqs, seqs + 1, seqs, logits, changes, changes):
             arrays.append(buffer[end : end + size])
             end += size
-        ids, positions, slots, rows, starts, lens, tables, indices = arrays
+        ids, rows, starts, lens, indices, entries, block_ids = arrays
         return cls(
             buffer=buffer,
             input_ids=ids,
-            positions=positions,
-            slot_mapping=slots,
             rows=rows,
             query_start_loc=starts,
             context_lens=lens,
-            block_tables=tables.reshape(seqs, blocks),
             logit_indices=indices,
+            table_entries=entries,
+            table_block_ids=block_ids,
             num_sampled=num_sampled,
             num_decodes=num_decodes,
         )
 
     @classmethod
-    def build(
-        cls,
-        scheduled: "ScheduledBatch",
-        block_tables: Int32Array,
-        block_size: int,
-        scores: "list[PromptScore]",
-    ) -> "Batch":
-        """Flatten what was scheduled; `block_tables` is the scheduler's, indexed by row."""
-        num_new = np.array(scheduled.num_new_tokens, dtype=np.int32)
-        rows = np.array([seq.row for seq in scheduled.seqs], dtype=np.int32)
-        ends = np.array([seq.num_computed_tokens for seq in scheduled.seqs], dtype=np.int32)
-        query_ends = np.cumsum(num_new, dtype=np.int32)
+    def build(cls, scheduled: "ScheduledBatch", scores: "list[PromptScore]") -> "Batch":
+        """Flatten what was scheduled."""
+        seqs, sampled = scheduled.seqs, scheduled.sampled
+        input_ids = _input_ids(scheduled)
+        changes = scheduled.table_changes
         num_scored = sum(len(score.token_ids) for score in scores)
-        batch = cls._allocate(
-            tokens=int(query_ends[-1]),
-            seqs=len(rows),
-            blocks=-(-int(ends.max()) // block_size),
-            logits=len(scheduled.sampled) + num_scored,
-            num_sampled=len(scheduled.sampled),
+        batch = cls.allocate(
+            tokens=len(input_ids),
+            seqs=len(seqs),
+            logits=len(sampled) + num_scored,
+            changes=len(changes),
+            num_sampled=len(sampled),
             num_decodes=scheduled.num_decodes,
         )
-        batch.input_ids[:] = _input_ids(scheduled)
-        batch.positions[:] = np.arange(batch.num_tokens) - np.repeat(query_ends - ends, num_new)
-        block_of_token = block_tables[np.repeat(rows, num_new), batch.positions // block_size]
-        batch.slot_mapping[:] = block_of_token * block_size + batch.positions % block_size
-        batch.rows[:] = rows
+        batch.input_ids[:] = input_ids
+        batch.rows[:] = [seq.row for seq in seqs]
         batch.query_start_loc[0] = 0
-        batch.query_start_loc[1:] = query_ends
-        batch.context_lens[:] = ends
-        batch.block_tables[:] = block_tables[rows, : batch.block_tables.shape[1]]
-        batch.logit_indices[: batch.num_sampled] = query_ends[scheduled.sampled] - 1
+        np.cumsum(scheduled.num_new_tokens, out=batch.query_start_loc[1:])
+        batch.context_lens[:] = [seq.num_computed_tokens for seq in seqs]
+        batch.logit_indices[: len(sampled)] = batch.query_start_loc[1:][sampled] - 1
         if scores:
             scored = [np.arange(s.start, s.start + len(s.token_ids)) for s in scores]
-            batch.logit_indices[batch.num_sampled :] = np.concatenate(scored)
+            batch.logit_indices[len(sampled) :] = np.concatenate(scored)
+        if changes:
+            batch.table_entries[:] = list(changes)
+            batch.table_block_ids[:] = list(changes.values())
         return batch
 
     @classmethod
-    def _allocate(
-        cls, *, tokens: int, seqs: int, blocks: int, logits: int, num_sampled: int, num_decodes: int
+    def allocate(
+        cls,
+        *,
+        tokens: int,
+        seqs: int,
+        logits: int,
+        changes: int,
+        num_sampled: int,
+        num_decodes: int,
     ) -> "Batch":
-        size = _HEADER + 3 * tokens + 3 * seqs + 1 + seqs * blocks + logits
-        buffer = np.empty(size, dtype=np.int32)
-        buffer[:_HEADER] = tokens, seqs, blocks, logits, num_sampled, num_decodes
+        """A batch of these sizes whose arrays are not filled yet."""
+        buffer = np.empty(buffer_size(tokens, seqs, logits, changes), dtype=np.int32)
+        buffer[:HEADER] = tokens, seqs, logits, changes, num_sampled, num_decodes
         return cls.unpack(buffer)
+
+
+def buffer_size(tokens: int, seqs: int, logits: int, changes: int) -> int:
+    return HEADER + tokens + 3 * seqs + 1 + logits + 2 * changes
+
+
+def table_width(session_len: int, block_size: int) -> int:
+    """Entries of a block table: enough for the longest sequence."""
+    return -(-session_len // block_size)
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,16 +57,16 @@ class Engine:
         return self.scheduler.num_waiting_tokens
 
     def step(self) -> list[SequenceOutput]:
-        """Finish the oldest step in flight, after launching as many as the stages can hold.
+        """Finish the oldest step in flight, after launching as many as the executor takes.
 
         At least one sequence advances while there is work.
         """
-        while len(self._in_flight) < self.info.pp and (scheduled := self.scheduler.schedule()).seqs:
+        while len(self._in_flight) < self.info.max_in_flight:
+            scheduled = self.scheduler.schedule()
+            if not scheduled.seqs:
+                break
             sampling = Sampling.build(scheduled)
-            batch = Batch.build(
-                scheduled, self.scheduler.block_tables, self.info.block_size, sampling.scores
-            )
-            self.executor.launch(batch, sampling)
+            self.executor.launch(Batch.build(scheduled, sampling.scores), sampling)
             self._in_flight.append(scheduled)
         assert self._in_flight, "step() needs work"
         result = self.executor.collect()

@@ -1,6 +1,7 @@
 """Executor: the seam between scheduling and computing; tests and benchmarks fake it.
 
-A step is launched and its result collected. Up to `info.pp` steps are in flight between the two.
+A step is launched and its result collected. Up to `info.max_in_flight` steps are in flight
+between the two.
 """
 
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ class EngineInfo:
     device: str
     tp: int
     pp: int = 1
+    # Steps launched before the first is collected: one per stage, or the one that runs on a GPU
+    # and the next. With pp == 1 the second may have input ids that the first samples.
+    max_in_flight: int = 1
 
 
 class Executor(Protocol):

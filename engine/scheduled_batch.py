@@ -14,6 +14,8 @@ class ScheduledBatch:
     num_decodes: int = 0
     sampled: list[int] = field(default_factory=list)  # rows whose last token is computed
     new_rows: list[Sequence] = field(default_factory=list)  # those that (re)entered `running`
+    # Block tables, as one array [max_num_seqs * table width]: what changed since the last step.
+    table_changes: dict[int, int] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:

@@ -6,10 +6,11 @@ token. Chunked prefill, prefix hits, recompute after preemption and resumed stre
 same subtraction (`num_uncomputed_tokens`). Sole owner of every Sequence; knows no tensors.
 
 `schedule` may run again before `update` of the previous step: sampled tokens whose values are
-not known here yet are counted as `num_pending_tokens`. With `num_stages` > 1 that is the rule:
-as many steps are in flight, and only a step's last stage knows what it sampled. A sequence then
-waits for its token, and each step takes its share of the running sequences, so that those in
-flight are about equal.
+not known here yet are counted as `num_pending_tokens`. A sequence that turns out to have ended
+was computed once more then, for nothing; its blocks and its row may be given away at once all the
+same, because workers compute the steps in order. With `num_stages` > 1 as many steps are in
+flight, and only a step's last stage knows what it sampled. A sequence then waits for its token,
+and each step takes its share of the running sequences, so that those in flight are about equal.
 """
 
 import secrets
@@ -17,9 +18,7 @@ import time
 from collections import deque
 from itertools import chain
 
-import numpy as np
-
-from engine.batch import Int32Array
+from engine.batch import table_width
 from engine.block_manager import BlockManager
 from engine.errors import InvalidRequestError
 from engine.outputs import EngineStats, SequenceOutput, StepResult
@@ -50,9 +49,8 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._sequences: dict[str, Sequence] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
-        # Row r mirrors the block table of the running sequence in row r, as arrays for Batch.
-        max_blocks = -(-session_len // block_manager.block_size)
-        self.block_tables: Int32Array = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
+        self._table_width = table_width(session_len, block_manager.block_size)
+        self._table_changes: dict[int, int] = {}  # that no step has carried to the workers yet
         self._seed = secrets.randbits(63) if seed is None else seed
         self._num_requests = 0
         self._counters = dict.fromkeys(_COUNTERS, 0)
@@ -162,9 +160,8 @@ class Scheduler:
         rows = [seq.row for seq in self.running]
         assert sorted(rows + self._free_rows) == list(range(self.max_num_seqs))
         for seq in self.running:
-            num_blocks = len(seq.block_table)
-            assert self.block_tables[seq.row, :num_blocks].tolist() == seq.block_table
-            assert seq.num_computed_tokens <= num_blocks * self.block_manager.block_size
+            num_slots = len(seq.block_table) * self.block_manager.block_size
+            assert seq.num_computed_tokens <= num_slots
         for seq in self.waiting:
             assert not seq.block_table
             assert seq.row == -1
@@ -234,7 +231,7 @@ class Scheduler:
         seq.status = Status.RUNNING
         self.running.append(seq)
         self.block_manager.take_prefix(seq, block_ids)
-        self.block_tables[seq.row, : len(block_ids)] = block_ids
+        self._note_change(seq, 0)
         seq.num_computed_tokens = len(block_ids) * self.block_manager.block_size
         self._counters["prefix_cache_queries"] += seq.num_tokens
         self._counters["prefix_cache_hits"] += seq.num_computed_tokens
@@ -248,8 +245,12 @@ class Scheduler:
         if num_blocks > 0:
             start = len(seq.block_table)
             self.block_manager.extend(seq, num_blocks)
-            added = seq.block_table[start:]
-            self.block_tables[seq.row, start : start + num_blocks] = added
+            self._note_change(seq, start)
+
+    def _note_change(self, seq: Sequence, start: int) -> None:
+        """The block table of `seq` is new from index `start` on."""
+        first = seq.row * self._table_width
+        self._table_changes.update(enumerate(seq.block_table[start:], first + start))
 
     def _launch(self, batch: ScheduledBatch) -> None:
         """Order the rows, and count the step's work as done: it is computed before the next."""
@@ -263,6 +264,7 @@ class Scheduler:
             if seq.num_computed_tokens == seq.num_tokens:
                 seq.num_pending_tokens += 1
                 batch.sampled.append(row)
+        batch.table_changes, self._table_changes = self._table_changes, {}
         self._counters["num_steps"] += 1
         self._counters["num_batched_tokens"] += batch.num_tokens
 

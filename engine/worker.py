@@ -12,10 +12,11 @@ from zlib import crc32
 import torch
 
 from engine.batch import PENDING, Batch, PromptScore, Sampling
+from engine.block_tables import BlockTables
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.executor import EngineInfo
-from engine.kv_cache import KVCache, bytes_per_block
+from engine.kv_cache import KVCache, bytes_per_block, check_quant_policy
 from engine.models import DecoderSpec, load_decoder, load_spec, resolve_dtype
 from engine.models.rope import DynamicRope
 from engine.outputs import StepResult, TokenLogprobs
@@ -42,6 +43,7 @@ class Worker:
         self.spec = load_spec(origin.settings)
         self.dtype = resolve_dtype(config.dtype, self.spec, self.device)
         self.block_size = block_size_of(config, self.device)
+        check_quant_policy(self.spec, config.quant_policy, self.device)
         self._group = group
         limit = session_limit(config, self.spec)
         self._decoder = load_decoder(
@@ -72,7 +74,9 @@ class Worker:
             self.device,
             group.size,
             len(self._decoder.layers),
+            config.quant_policy,
         )
+        self._tables = BlockTables(config.max_num_seqs, self.session_len, self.block_size)
         self._sampler = Sampler(
             self.spec.vocab_size, config.max_num_seqs, self.session_len, self.device
         )
@@ -88,6 +92,7 @@ class Worker:
             device=self.device,
             tp=self._group.size,
             pp=self._group.num_stages,
+            max_in_flight=self._group.num_stages,
         )
 
     def execute(self, batch: Batch, sampling: Sampling | None) -> StepResult | None:
@@ -98,18 +103,19 @@ class Worker:
     def forward(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor:
         """This stage's layers: [T, H] of the stage before (None: this is the first) -> [T, H]."""
         assert batch.input_ids.min() != PENDING, "this worker is not driven ahead"
+        places = self._tables.advance(batch)
         meta = AttentionMetadata.build(
             batch.query_start_loc,
             batch.context_lens,
-            batch.block_tables,
-            batch.slot_mapping,
+            places.block_tables,
+            places.slot_mapping,
             batch.num_decodes,
             self.block_size,
             self.device,
         )
         if hidden is None:
             hidden = torch.from_numpy(batch.input_ids).to(self.device, torch.int64)
-        positions = torch.from_numpy(batch.positions).to(self.device, torch.int64)
+        positions = torch.from_numpy(places.positions).to(self.device, torch.int64)
         return self._decoder.forward(hidden, positions, meta, self._kv_cache)
 
     @torch.inference_mode()
@@ -150,7 +156,12 @@ class Worker:
             return config.cache_max_entry_count
         num_layers = len(self._decoder.layers)
         block_bytes = bytes_per_block(
-            self.spec, self.block_size, self.dtype, self._group.size, num_layers
+            self.spec,
+            self.block_size,
+            self.dtype,
+            self._group.size,
+            num_layers,
+            config.quant_policy,
         )
         free = max(0, free_memory(self.device) - mapped_bytes * self._group.num_neighbours)
         budget = int(free * config.cache_max_entry_count)

@@ -11,7 +11,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from engine.kv_cache import bytes_per_block
+from engine.kv_cache import bytes_per_block, check_head_dim
 from engine.models import DecoderSpec, check_tp, resolve_dtype, stage_layers
 from engine.models.footprint import Footprint, footprint
 from engine.worker import block_size_of, session_limit
@@ -50,6 +50,7 @@ class Plan:
     device: Device
     memory: Memory
     dtype: torch.dtype
+    quant_policy: int
     session_len: int
     pp: int
     int4: bool
@@ -71,6 +72,7 @@ class Planner:
         self._session_len = session_limit(config, spec)
         self._spec, self._config, self._device, self._int4 = spec, config, device, int4
         self._block_size = block_size_of(config, device)
+        check_head_dim(spec, config.quant_policy)
         self._known: dict[tuple[int, bool], list[Footprint]] = {}
 
     def plan(self, memory: Memory, num_gpus: int | None = None) -> Plan:
@@ -85,7 +87,14 @@ class Planner:
         if not rows:
             raise ConfigError(f"--gpus {num_gpus} are fewer than the {pp} stages of pp")
         return Plan(
-            self._device, memory, self._dtype, self._session_len, pp, self._int4, tuple(rows)
+            device=self._device,
+            memory=memory,
+            dtype=self._dtype,
+            quant_policy=self._config.quant_policy,
+            session_len=self._session_len,
+            pp=pp,
+            int4=self._int4,
+            rows=tuple(rows),
         )
 
     def _row(self, memory: Memory, tp: int, num_replicas: int | None) -> TpPlan:
@@ -139,7 +148,8 @@ class Planner:
 
     def _kv_bytes_per_token(self, tp: int, stage: int) -> int:
         num_layers = len(stage_layers(self._spec.num_layers, stage, self._config.pp))
-        return bytes_per_block(self._spec, 1, self._dtype, tp, num_layers)
+        policy = self._config.quant_policy
+        return bytes_per_block(self._spec, 1, self._dtype, tp, num_layers, policy)
 
     def _num_blocks(self, free: int, kv_bytes_per_token: int, tp: int) -> int:
         """As Worker counts them when it starts."""

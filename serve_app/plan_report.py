@@ -8,6 +8,7 @@ from engine.models import DecoderSpec
 from serve_app.plan import RANK_BYTES, Plan, TpPlan
 
 GiB, MiB = 1024**3, 1024**2
+KV_FORMS = {0: "", 4: ", KV in 4 bits", 8: ", KV in 8 bits", 16: ", KV in fp8"}  # by quant_policy
 
 
 def to_json(model: str, checkpoint_bytes: int, plan: Plan) -> str:
@@ -18,6 +19,7 @@ def to_json(model: str, checkpoint_bytes: int, plan: Plan) -> str:
             "device": plan.device,
             "memory": asdict(plan.memory),
             "dtype": _dtype(plan),
+            "quant_policy": plan.quant_policy,
             "session_len": plan.session_len,
             "pp": plan.pp,
             "int4": plan.int4,
@@ -38,7 +40,7 @@ def to_text(model: str, spec: DecoderSpec, checkpoint_bytes: int, plan: Plan) ->
             f"{model}: {spec.num_layers} layers, {spec.num_heads} heads on {spec.num_kv_heads}, "
             f"{form}; {_size(checkpoint_bytes)} on disk",
             f"{plan.memory.name}: {_size(plan.memory.num_bytes)}{speed}; context "
-            f"{plan.session_len} tokens, computing in {_dtype(plan)}"
+            f"{plan.session_len} tokens, computing in {_dtype(plan)}{KV_FORMS[plan.quant_policy]}"
             + (f", {plan.pp} stages of tp ranks each" if plan.pp > 1 else ""),
             "",
             *_aligned([_header(plan), *(_cells(plan, row) for row in plan.rows)]),

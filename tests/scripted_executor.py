@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from engine.batch import PENDING, Batch, Sampling
+from engine.block_tables import BlockTables, Places
 from engine.executor import EngineInfo
 from engine.outputs import StepResult
 
@@ -32,9 +33,14 @@ class ScriptedExecutor:
         session_len: int = 128,
         vocab_size: int = 50,
         pp: int = 1,
+        max_num_seqs: int = 256,
+        max_in_flight: int | None = None,
         spoils: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`spoils` says of each row that is drawn whether it has no usable token."""
+        """`spoils` says of each row that is drawn whether it has no usable token.
+
+        `max_in_flight` is `pp` unless given.
+        """
         self.info = EngineInfo(
             vocab_size=vocab_size,
             session_len=min(session_len, num_blocks * block_size),
@@ -44,7 +50,9 @@ class ScriptedExecutor:
             device="cpu",
             tp=1,
             pp=pp,
+            max_in_flight=max_in_flight or pp,
         )
+        self._tables = BlockTables(max_num_seqs, self.info.session_len, block_size)
         self.slots: dict[int, int] = {}  # slot → token whose key and value it holds
         self.last_token: dict[int, int] = {}  # row → newest sampled token, as a device keeps it
         self.num_tokens_per_step: list[int] = []
@@ -82,19 +90,21 @@ class ScriptedExecutor:
 
     def _write_and_read(self, batch: Batch) -> list[list[int]]:
         """Write this step's tokens to their slots; read each sequence back through its table."""
+        places = self._tables.advance(batch)
         starts = batch.query_start_loc
         for seq, row in enumerate(batch.rows.tolist()):
             for token in range(starts[seq], starts[seq + 1]):
                 token_id = int(batch.input_ids[token])
                 known = self.last_token[row] if token_id == PENDING else token_id
-                self.slots[int(batch.slot_mapping[token])] = known
+                self.slots[int(places.slot_mapping[token])] = known
         return [
-            [self.slots[slot] for slot in self._slots(batch, seq)] for seq in range(batch.num_seqs)
+            [self.slots[slot] for slot in self._slots(batch, places, seq)]
+            for seq in range(batch.num_seqs)
         ]
 
-    def _slots(self, batch: Batch, seq: int) -> list[int]:
+    def _slots(self, batch: Batch, places: Places, seq: int) -> list[int]:
         size = self.info.block_size
         return [
-            int(batch.block_tables[seq, position // size]) * size + position % size
+            int(places.block_tables[seq, position // size]) * size + position % size
             for position in range(int(batch.context_lens[seq]))
         ]

@@ -72,7 +72,7 @@ def test_weights_of_a_loaded_model(name: str, dtype: torch.dtype) -> None:
     )
     predicted = footprint(spec, tp=1, dtype=dtype, device="cpu", session_len=CONTEXT)
     assert predicted.weights == num_bytes(decoder, set())
-    table = 2 * CONTEXT * decoder.cos.shape[-1] * dtype.itemsize
+    table = 2 * CONTEXT * decoder.rotary.cos.shape[-1] * dtype.itemsize
     assert predicted.read_per_step <= predicted.weights - table
     if name == "llama":  # with an embedding apart from its head
         embed = spec.vocab_size * spec.hidden_size * dtype.itemsize
@@ -132,9 +132,12 @@ def test_bytes_on_disk_without_the_files(name: str) -> None:
     assert (spec.dtype, checkpoint_bytes(spec)) == ("float32", expected)
 
 
+@pytest.mark.parametrize("quant_policy", [0, 4])
 @pytest.mark.parametrize("share", [0.8, 0.03, 12])
-def test_blocks_of_a_worker(share: float | int, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = MODELS["llama"]().path
+def test_blocks_of_a_worker(
+    share: float | int, quant_policy: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_model("llama", hidden_size=64).path
     spec, session_len = load_spec(path), 32
     config = EngineConfig(
         model=str(path),
@@ -143,6 +146,7 @@ def test_blocks_of_a_worker(share: float | int, monkeypatch: pytest.MonkeyPatch)
         session_len=session_len,
         max_num_seqs=3,
         cache_max_entry_count=share,
+        quant_policy=quant_policy,
         weights_cache=None,
     )
     free = 1_000_000
@@ -154,9 +158,12 @@ def test_blocks_of_a_worker(share: float | int, monkeypatch: pytest.MonkeyPatch)
     assert plan.free_bytes == free
     assert plan.kv_tokens == worker.num_blocks * worker.block_size
     assert plan.num_sequences == min(3, worker.num_blocks // 2)
-    cache = KVCache.allocate(spec, worker.num_blocks, worker.block_size, FP32, "cpu", 1)
+    cache = KVCache.allocate(
+        spec, worker.num_blocks, worker.block_size, FP32, "cpu", 1, quant_policy=quant_policy
+    )
     assert num_bytes(cache, set()) == plan.kv_tokens * plan.kv_bytes_per_token
-    assert plan.kv_bytes_per_token * 16 == bytes_per_block(spec, 16, FP32, 1)
+    block_bytes = bytes_per_block(spec, 16, FP32, 1, quant_policy=quant_policy)
+    assert plan.kv_bytes_per_token * 16 == block_bytes
 
 
 # -- the arithmetic ----------------------------------------------------------------------------

@@ -29,6 +29,7 @@ def make_engine(
     prefix_caching: bool = True,
     num_stages: int = 1,
     spoils: Callable[[], bool] = lambda: False,
+    steps_ahead: int = 0,
 ) -> Engine:
     config = EngineConfig(
         model="scripted",
@@ -37,7 +38,12 @@ def make_engine(
         enable_prefix_caching=prefix_caching,
     )
     executor = ScriptedExecutor(
-        num_blocks=num_blocks, block_size=block_size, pp=num_stages, spoils=spoils
+        num_blocks=num_blocks,
+        block_size=block_size,
+        pp=num_stages,
+        max_num_seqs=max_num_seqs,
+        max_in_flight=num_stages + steps_ahead,
+        spoils=spoils,
     )
     return Engine(config, executor)
 
@@ -76,7 +82,7 @@ def drain(engine: Engine) -> dict[str, list[int]]:
     budget=st.integers(1, 24),
     max_num_seqs=st.integers(1, 6),
     prefix_caching=st.booleans(),
-    num_stages=st.integers(1, 4),
+    stages=st.sampled_from([(1, 0), (1, 1), (2, 0), (3, 0), (4, 0)]),
     share_invalid=st.sampled_from([0.0, 0.1]),
 )
 def test_any_schedule_gives_the_tokens_of_one_at_a_time(
@@ -87,9 +93,11 @@ def test_any_schedule_gives_the_tokens_of_one_at_a_time(
     budget: int,
     max_num_seqs: int,
     prefix_caching: bool,
-    num_stages: int,
+    stages: tuple[int, int],
     share_invalid: float,
 ) -> None:
+    """Several stages have as many steps in flight; one stage has a second step ahead, or not."""
+    num_stages, steps_ahead = stages
     rng = random.Random(seed)
     engine = make_engine(
         num_blocks,
@@ -99,6 +107,7 @@ def test_any_schedule_gives_the_tokens_of_one_at_a_time(
         prefix_caching,
         num_stages,
         lambda: rng.random() < share_invalid,
+        steps_ahead,
     )
     longest = engine.info.session_len - 1
     stem = [rng.randrange(VOCAB) for _ in range(longest)]
@@ -154,9 +163,7 @@ def test_decode_rows_come_first_and_prefill_is_chunked() -> None:
 
 def run(engine: Engine, scheduled: ScheduledBatch) -> list[SequenceOutput]:
     sampling = Sampling.build(scheduled)
-    batch = Batch.build(
-        scheduled, engine.scheduler.block_tables, engine.info.block_size, sampling.scores
-    )
+    batch = Batch.build(scheduled, sampling.scores)
     engine.executor.launch(batch, sampling)
     return engine.scheduler.update(scheduled, engine.executor.collect())
 
@@ -261,7 +268,7 @@ def test_a_sequence_without_a_usable_token_ends_alone() -> None:
     engine.add(request("good", [3, 4]))
     scheduled = engine.scheduler.schedule()
     sampling = Sampling.build(scheduled)
-    batch = Batch.build(scheduled, engine.scheduler.block_tables, 4, sampling.scores)
+    batch = Batch.build(scheduled, sampling.scores)
     engine.executor.launch(batch, sampling)
     result = replace(engine.executor.collect(), invalid=[0])
     outputs = {output.request_id: output for output in engine.scheduler.update(scheduled, result)}

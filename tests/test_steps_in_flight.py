@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from engine.batch import Batch, Sampling
 from engine.errors import LogitsError
-from engine.scheduled_batch import ScheduledBatch
+from engine.sampling_params import SamplingParams
+from engine.sequence import EngineRequest
 from tests.scripted_executor import ScriptedExecutor
 from tests.test_scheduler import VOCAB, drain, expected, make_engine, request
 
@@ -23,37 +24,54 @@ from tests.test_scheduler import VOCAB, drain, expected, make_engine, request
 def test_one_step_ahead_gives_the_same_tokens(
     seed: int, num_blocks: int, budget: int, max_num_seqs: int
 ) -> None:
-    """schedule() of step N+1 runs before update() of step N, with sampled values still unknown."""
+    """A step is launched before the values of the last one are known; some of them are the end."""
     rng = random.Random(seed)
-    engine = make_engine(num_blocks, 4, max_num_seqs, budget)
-    scheduler, executor = engine.scheduler, engine.executor
+    engine = make_engine(num_blocks, 4, max_num_seqs, budget, steps_ahead=1)
     longest = engine.info.session_len - 1
     want: dict[str, list[int]] = {}
     for index in range(rng.randint(1, 8)):
         prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, longest))]
         max_tokens = rng.randint(1, 10)
-        engine.add(request(str(index), prompt, max_tokens))
-        want[str(index)] = expected(prompt, min(max_tokens, longest + 1 - len(prompt)))
-    got: dict[str, list[int]] = {}
-    in_flight: ScheduledBatch | None = None
-    while scheduler.has_work:
-        scheduled = scheduler.schedule()
-        launched = None
-        if scheduled.seqs:
-            sampling = Sampling.build(scheduled)
-            batch = Batch.build(scheduled, scheduler.block_tables, 4, sampling.scores)
-            executor.launch(batch, sampling)
-            launched = scheduled
-        if in_flight is not None:
-            for output in scheduler.update(in_flight, executor.collect()):
-                got.setdefault(output.request_id, []).extend(output.token_ids)
-        assert launched is not None or in_flight is not None, "no progress"
-        in_flight = launched
-    assert got == want
-    if in_flight is not None:
-        assert scheduler.update(in_flight, executor.collect()) == []
-    assert scheduler.block_manager.num_free_blocks == num_blocks
-    scheduler.check_integrity()
+        tokens = expected(prompt, min(max_tokens, longest + 1 - len(prompt)))
+        stop = rng.choice(tokens)
+        params = SamplingParams(max_tokens=max_tokens, stop_token_ids=[stop])
+        engine.add(EngineRequest(request_id=str(index), prompt_token_ids=prompt, params=params))
+        want[str(index)] = tokens[: tokens.index(stop) + 1]
+    assert drain(engine) == want
+    executor = engine.executor
+    assert isinstance(executor, ScriptedExecutor)
+    assert executor.max_in_flight <= 2
+    assert engine.scheduler.block_manager.num_free_blocks == num_blocks
+    engine.scheduler.check_integrity()
+
+
+def test_a_stop_costs_one_row_of_the_step_ahead_and_a_limit_none() -> None:
+    tokens = expected([1, 2, 3], 6)
+    stop = tokens[4]
+    num_output = tokens.index(stop) + 1
+    for params, num_wasted in (
+        (SamplingParams(max_tokens=20, stop_token_ids=[stop]), 1),
+        (SamplingParams(max_tokens=num_output), 0),
+    ):
+        engine = make_engine(steps_ahead=1)
+        engine.add(EngineRequest(request_id="a", prompt_token_ids=[1, 2, 3], params=params))
+        assert drain(engine) == {"a": tokens[:num_output]}
+        executor = engine.executor
+        assert isinstance(executor, ScriptedExecutor)
+        assert executor.num_tokens_per_step == [3] + [1] * (num_output - 1 + num_wasted)
+
+
+def test_what_the_step_ahead_computed_for_nothing_can_be_found_as_a_prefix() -> None:
+    """The block that the last token fills is computed, because of the wasted row, and whole."""
+    tokens = expected([1, 2, 3], 6)
+    params = SamplingParams(max_tokens=20, min_tokens=5, stop_token_ids=[tokens[4]])
+    engine = make_engine(steps_ahead=1)
+    engine.add(EngineRequest(request_id="a", prompt_token_ids=[1, 2, 3], params=params))
+    drain(engine)
+    history = [1, 2, 3, *tokens[:5]]
+    engine.add(request("b", [*history, 9]))
+    assert drain(engine)["b"] == expected([*history, 9], 8)
+    assert engine.stats().prefix_cache_hits == len(history)
 
 
 def test_stages_are_kept_busy_with_equal_shares() -> None:
@@ -93,9 +111,7 @@ def test_a_preempted_sequence_whose_pending_token_is_unusable_leaves_nothing() -
     engine.add(request("a", [1, 2, 3]))
     scheduled = scheduler.schedule()
     sampling = Sampling.build(scheduled)
-    engine.executor.launch(
-        Batch.build(scheduled, scheduler.block_tables, 4, sampling.scores), sampling
-    )
+    engine.executor.launch(Batch.build(scheduled, sampling.scores), sampling)
     scheduler._preempt(scheduled.seqs[0])
     assert scheduler.num_waiting_tokens == 4
     (output,) = scheduler.update(scheduled, replace(engine.executor.collect(), invalid=[0]))

@@ -1,0 +1,74 @@
+"""One run: every kernel and the engine checked, then timed beside their peers, in nine minutes.
+
+    python -m benchmarks.gpu [STAGE ...] [--json FILE]   on a GPU; $OUT/gpu.json, without $OUT
+                                                          benchmarks/results/gpu.json
+    python -m benchmarks.gpu --rehearse                  the same stages on tiny shapes, no GPU
+    python -m benchmarks.gpu tune                        writes configs/kernels/<gpu>.json
+
+It needs torch, triton, transformers, safetensors and numpy, no network, and neither Ray nor
+FastAPI. With names of stages only those run, and the rest of the file stays.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.gpu import stages, summary
+from benchmarks.gpu.bench import Report
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+def main() -> int:
+    arguments = _arguments()
+    names = arguments.stages or [stage.name for stage in stages.STAGES]
+    if arguments.in_process:
+        stages.run_here(names, arguments.json, arguments.seconds, arguments.rehearse)
+        return 0
+    if arguments.rehearse and arguments.json is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return _run(names, Path(folder) / "gpu.json", rehearse=True)
+    path = arguments.json or Path(os.environ.get("OUT", RESULTS)) / "gpu.json"
+    if not arguments.stages:
+        path.unlink(missing_ok=True)
+    return _run(names, path, arguments.rehearse)
+
+
+def _run(names: list[str], path: Path, rehearse: bool) -> int:
+    report = stages.run_all(names, path, rehearse)
+    summary.show(report)
+    print(f"written to {path}")
+    return 0 if _is_right(report, names) else 1
+
+
+def _is_right(report: Report, names: list[str]) -> bool:
+    """Every stage ran to its end, without an error and within its references' limits."""
+    sections = [report.get(name, {}) for name in names]
+    return all(
+        section.get("ended") == "complete"
+        and not section.get("errors")
+        and all(check["ok"] for check in section.get("checks", {}).values())
+        for section in sections
+    )
+
+
+def _arguments() -> argparse.Namespace:
+    known = [stage.name for stage in stages.STAGES]
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description="Check and time Manta on a GPU."
+    )
+    parser.add_argument("stages", nargs="*", help=f"of {', '.join(known)}, or tune; all without")
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes, in the interpreter")
+    parser.add_argument("--json", type=Path, help="where the report goes")
+    parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=600.0, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if unknown := [name for name in arguments.stages if name not in known]:
+        parser.error(f"no stage {', '.join(unknown)}; there are {', '.join(known)}")
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

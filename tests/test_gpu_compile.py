@@ -1,0 +1,112 @@
+"""Every form of every Triton kernel compiles for GPUs that are not here, as lean as it was.
+
+No spills, shared memory within the chip's, and the main loop's instructions per element within a
+tenth of kernels/gpu/instructions.json.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+
+import pytest
+import triton
+
+from kernels.gpu.compile import (
+    CAPABILITIES,
+    SHARED_LIMITS,
+    Compiled,
+    Job,
+    compile_case,
+    compiling,
+    jobs,
+    main_loop,
+    modules,
+    table,
+)
+from tests.spilling_kernel import case
+
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+
+TOLERANCE = 0.1
+MEND = "`python -m kernels.gpu.compile --write-table` writes what is compiled here"
+
+Results = dict[Job, "Future[Compiled]"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def triton_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is read from or left in the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def results(triton_cache: None) -> Results:
+    return dict(compiling([job for module in modules() for job in jobs(module)]))
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("module", modules())
+def test_kernels_compile_lean(module: str, capability: int, results: Results) -> None:
+    expected = table().get(triton.__version__, {}).get(str(capability))
+    faults = []
+    for job in jobs(module, [capability]):
+        found = results[job].result()
+        if found.spills:
+            faults.append(f"{job.label}: spills {found.spills} bytes")
+        if found.shared > SHARED_LIMITS[capability]:
+            faults.append(f"{job.label}: {found.shared} bytes of shared memory")
+        if expected is None:
+            continue
+        if job.name not in expected:
+            faults.append(f"{job.label}: not in the table; {MEND}")
+            continue
+        before = expected[job.name]["per_element"]
+        if abs(found.per_element - before) > TOLERANCE * before:
+            faults.append(
+                f"{job.label}: {found.per_element} instructions per element, the table has "
+                f"{before}; {MEND}"
+            )
+    assert not faults, "\n".join(faults)
+
+
+def test_the_table_knows_this_triton() -> None:
+    versions = table()
+    if triton.__version__ not in versions:
+        pytest.skip(f"no instructions for Triton {triton.__version__}; {MEND}")
+    known = {(str(job.capability), job.name) for module in modules() for job in jobs(module)}
+    listed = {(c, name) for c, rows in versions[triton.__version__].items() for name in rows}
+    assert listed == known, MEND
+
+
+def test_a_spill_and_its_cost_show() -> None:
+    lean, spilling = compile_case(case(64), 80), compile_case(case(128, maxnreg=64), 80)
+    assert lean.spills == 0
+    assert lean.hmma > 0
+    assert spilling.spills > 100
+    assert spilling.per_element > 2 * lean.per_element
+    assert lean.shared < spilling.shared
+
+
+def test_hoppers_matrix_units_are_seen() -> None:
+    compiled = compile_case(case(64), 90)
+    assert compiled.hgmma > 0
+    assert compiled.hmma == 0
+
+
+def test_the_main_loop_is_the_longest_with_matrix_instructions() -> None:
+    code = """
+        .L_x_0:
+            /*0010*/  LDG.E R0 ;
+            /*0020*/  IADD3 R1 ;
+            /*0030*/  IADD3 R2 ;
+            /*0040*/  @P0 BRA `(.L_x_0) ;
+        .L_x_1:
+            /*0050*/  HMMA.16816.F32 R0 ;
+            /*0060*/  @!P1 BRA `(.L_x_1) ;
+            /*0070*/  EXIT ;
+        .L_x_2:
+            /*0080*/  BRA `(.L_x_2);
+    """
+    loop = main_loop([line for line in code.splitlines() if line.strip()])
+    assert [line.split("*/")[1].split()[0] for line in loop] == ["HMMA.16816.F32", "@!P1"]
