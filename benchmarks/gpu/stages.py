@@ -3,7 +3,6 @@
 A fault or a hang in one does not lose the others: the report is on disk after every step.
 """
 
-import importlib
 import json
 import os
 import subprocess
@@ -89,8 +88,7 @@ def run_here(names: Sequence[str], path: Path, seconds: float, rehearse: bool) -
     sizes = plan.REHEARSAL if rehearse else plan.GPU
     for name in names:
         started = time.monotonic()
-        stage = importlib.import_module(f"benchmarks.gpu.{name}")
-        run_stage(stage.run, name, sizes, path, seconds - (time.monotonic() - started))
+        run_stage(name, sizes, path, seconds - (time.monotonic() - started))
 
 
 def read_report(path: Path) -> Report:
