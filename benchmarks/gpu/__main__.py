@@ -18,6 +18,7 @@ from pathlib import Path
 from benchmarks.gpu import stages, summary
 from benchmarks.gpu.bench import Report
 
+FOLDER = Path(__file__).resolve().parents[2] / "configs" / "kernels"
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
@@ -27,19 +28,34 @@ def main() -> int:
     if arguments.in_process:
         stages.run_here(names, arguments.json, arguments.seconds, arguments.rehearse)
         return 0
-    if arguments.rehearse and arguments.json is None:
-        with tempfile.TemporaryDirectory() as folder:
-            return _run(names, Path(folder) / "gpu.json", rehearse=True)
-    path = arguments.json or Path(os.environ.get("OUT", RESULTS)) / "gpu.json"
-    if not arguments.stages:
+    if not arguments.rehearse:
+        out = Path(os.environ.get("OUT", RESULTS))
+        return _run(names, arguments.json or out / "gpu.json", fresh=not arguments.stages)
+    with tempfile.TemporaryDirectory() as folder:
+        path = arguments.json or Path(folder) / "gpu.json"
+        names = arguments.stages or [*names, "tune"]
+        return _rehearse(names, path)
+
+
+def _run(names: list[str], path: Path, fresh: bool) -> int:
+    if fresh:
         path.unlink(missing_ok=True)
-    return _run(names, path, arguments.rehearse)
-
-
-def _run(names: list[str], path: Path, rehearse: bool) -> int:
-    report = stages.run_all(names, path, rehearse)
+    if "tune" in names and "ceilings" not in names:
+        names = ["ceilings", *names]
+    report = stages.run_all(names, path, rehearse=False)
     summary.show(report)
     print(f"written to {path}")
+    if "tune" in names and report["tune"].get("kernels"):
+        from benchmarks.gpu.tune import write
+
+        for folder in {FOLDER, path.parent}:
+            print(f"written to {write(report, folder)}")
+    return 0 if _is_right(report, names) else 1
+
+
+def _rehearse(names: list[str], path: Path) -> int:
+    report = stages.run_all(names, path, rehearse=True)
+    summary.show_stages(report)
     return 0 if _is_right(report, names) else 1
 
 
@@ -55,11 +71,13 @@ def _is_right(report: Report, names: list[str]) -> bool:
 
 
 def _arguments() -> argparse.Namespace:
-    known = [stage.name for stage in stages.STAGES]
+    known = [stage.name for stage in (*stages.STAGES, stages.TUNE)]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description="Check and time Manta on a GPU."
     )
-    parser.add_argument("stages", nargs="*", help=f"of {', '.join(known)}, or tune; all without")
+    parser.add_argument(
+        "stages", nargs="*", help=f"of {', '.join(known)}; without any all but tune"
+    )
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes, in the interpreter")
     parser.add_argument("--json", type=Path, help="where the report goes")
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)

@@ -42,11 +42,12 @@ STAGES = (
     Stage("prefill_attention", 30),
     Stage("dependent_launch", 15),
 )
+TUNE = Stage("tune", 480)  # on demand only
 
 
 def run_all(names: Sequence[str], path: Path, rehearse: bool) -> Report:
     """The stages' report. A rehearsal has nothing to protect and takes one process for all."""
-    wanted = [stage for stage in STAGES if stage.name in names]
+    wanted = [stage for stage in (*STAGES, TUNE) if stage.name in names]
     if rehearse:
         _start([stage.name for stage in wanted], path, 600.0, rehearse)
         return read_report(path)

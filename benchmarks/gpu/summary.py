@@ -12,6 +12,10 @@ def show(report: Report) -> None:
         show_table(table)
 
 
+def show_stages(report: Report) -> None:
+    show_table(_stages(report))
+
+
 def tables(report: Report) -> list[Table]:
     made = [_linears(report), _decode_attention(report), _engine(report), _targets(report)]
     return [table for table in [*made, _stages(report)] if table.rows]
@@ -104,4 +108,4 @@ def _over(numerator: float | None, denominator: float | None) -> float | None:
 
 
 def _cell(value: float | None) -> str | float:
-    return "–" if value is None else value
+    return "-" if value is None else value

@@ -21,7 +21,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,11 +188,18 @@ def cases(module: str) -> list[CompileCase]:
     listed: list[CompileCase] = list(_module(module).compile_cases())
     assert len({case.label for case in listed}) == len(listed), f"{module} repeats a label"
     for path in sorted(tiles.FOLDER.glob("*.json")):
-        for kernel, table in tiles.tables(path).items():
+        for kernel, tuned in tiles.tables(path).items():
             if tiles.module_of(kernel) == module:
-                case = _module(module).tile_case
-                listed += [case(kernel, dict(key), tile) for key, tile in table.items()]
+                listed += [_tuned_case(module, kernel, *entry) for entry in tuned.items()]
     return list({case.label: case for case in listed}.values())
+
+
+def _tuned_case(
+    module: str, kernel: str, key: tuple[tuple[str, int | str], ...], tile: tiles.Tile
+) -> CompileCase:
+    case: CompileCase = _module(module).tile_case(kernel, dict(key), tile)
+    named = [f"{name} {value}" for name, value in (*key, *tile.items())]
+    return replace(case, label=", ".join([f"{kernel} tuned", *named]))
 
 
 def _module(name: str) -> Any:
