@@ -74,9 +74,7 @@ def int4_silu_mul(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
     return silu_mul(int4_linear(x, weight, bias, partial=True))
 
 
-def _w4a16(
-    x: Tensor, weight: W4A16Weight, bias: Tensor | None, partial: bool
-) -> Tensor | Partials:
+def _w4a16(x: Tensor, weight: W4A16Weight, bias: Tensor | None, partial: bool) -> Tensor | Partials:
     from kernels.gpu.w4a16 import w4a16_linear
     from kernels.gpu.w4a16_dequantise import dequantise
 

@@ -18,31 +18,33 @@ def _silu_mul_kernel(
     bias_ptr,  # [2 * I], or None
     out_ptr,  # [M, I]
     M,
-    I,
+    size,
     SPLITS: tl.constexpr,  # 0: x is one tensor
     BLOCK: tl.constexpr,
 ):
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = columns < I
-    offsets = row * 2 * I + columns
-    stride = M * 2 * I
+    mask = columns < size
+    offsets = row * 2 * size + columns
+    stride = M * 2 * size
     gate = load_sum(x_ptr, offsets, columns, mask, stride, bias_ptr, SPLITS, DTYPE)
-    up = load_sum(x_ptr, offsets + I, columns + I, mask, stride, bias_ptr, SPLITS, DTYPE)
+    up = load_sum(x_ptr, offsets + size, columns + size, mask, stride, bias_ptr, SPLITS, DTYPE)
     gate = (gate / (1.0 + tl.exp(-gate))).to(DTYPE).to(tl.float32)  # rounded as torch rounds it
-    tl.store(out_ptr + row * I + columns, (gate * up).to(DTYPE), mask=mask)
+    tl.store(out_ptr + row * size + columns, (gate * up).to(DTYPE), mask=mask)
 
 
 def silu_mul(gate_up: Tensor | Partials) -> Tensor:
     """gate_up [M, 2 * I], gate first -> [M, I]."""
-    partial = isinstance(gate_up, Partials)
-    data, bias = (gate_up.data, gate_up.bias) if partial else (gate_up, None)
-    m, size = data.shape[-2], data.shape[-1] // 2
+    if isinstance(gate_up, Partials):
+        data, bias, splits = gate_up.data, gate_up.bias, len(gate_up.data)
+    else:
+        data, bias, splits = gate_up, None, 0
     assert data.is_contiguous()
+    m, size = data.shape[-2], data.shape[-1] // 2
     out = torch.empty(m, size, dtype=gate_up.dtype, device=data.device)
     _silu_mul_kernel[(m, triton.cdiv(size, BLOCK))](
-        data, bias, out, m, size, SPLITS=len(data) if partial else 0, BLOCK=BLOCK
+        data, bias, out, m, size, SPLITS=splits, BLOCK=BLOCK
     )
     return out
 

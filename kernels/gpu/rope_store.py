@@ -20,19 +20,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.compile import CompileCase
 from kernels.gpu.flags import INTERPRET
+from kernels.gpu.kv_quantize import byte_offsets, quantize
 from kernels.gpu.step import GpuStep
-from kernels.kv_layout import FP8_MAX, LayerCache, QuantizedKV, features_per_token, heads_of
+from kernels.kv_layout import POLICIES, LayerCache, QuantizedKV, features_per_token, heads_of
 from kernels.partials import Partials
 from kernels.rope import RotaryTable
 
 # Above so many tokens a program takes 16 of them: 2048 tokens of 48 heads are 98k programs else.
 MAX_LONE_TOKENS = 64
 BLOCK_T = 16
-
-_FP8_MAX = tl.constexpr(FP8_MAX)
-_LEAST_SCALE = tl.constexpr(2.0**-24)
-_TO_INTEGER = tl.constexpr(2.0**23)  # float32 has no fractions from here on
 
 
 @triton.jit
@@ -81,76 +79,6 @@ def _angles(table_ptr, positions, features, mask, other, R: tl.constexpr):
     mask = mask & (features < R)[None, :]
     offs = positions[:, None].to(tl.int64) * R + features[None, :]
     return tl.load(table_ptr + offs, mask=mask, other=other).to(tl.float32)
-
-
-@triton.jit
-def _e4m3_bits(y):
-    """uint8 bits of float32 y within the range of e4m3. The interpreter's conversion rounds else."""
-    if INTERPRET:
-        bits = y.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
-        least = 2.0**-9
-        subnormal = ((tl.abs(y) + least * _TO_INTEGER) - least * _TO_INTEGER) / least
-        u = tl.where(tl.abs(y) < 2.0**-6, subnormal.to(tl.int32), normal)
-        u = tl.where(y == y, u, 0x7F) | tl.where(y < 0, 0x80, 0)
-        u = u.to(tl.uint8)
-    else:
-        u = y.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    return u
-
-
-@triton.jit
-def _levels(x, scale, zero, mask, POLICY: tl.constexpr):
-    """uint8; 0 outside the mask."""
-    y = tl.div_rn(x - zero[:, None], tl.broadcast_to(scale[:, None], x.shape))
-    if POLICY == 16:
-        y = tl.clamp(y, -_FP8_MAX, _FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
-        u = _e4m3_bits(y)
-    else:
-        y = tl.minimum(tl.maximum(y, 0.0), 2.0**POLICY - 1)
-        u = ((y + _TO_INTEGER) - _TO_INTEGER).to(tl.int32).to(tl.uint8)  # half to even
-    return tl.where(mask, u, 0)
-
-
-@triton.jit
-def _quantized(low, high, low_mask, high_mask, POLICY: tl.constexpr):
-    """The levels of both tiles and each token's params."""
-    if POLICY == 16:
-        largest = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
-        zero = tl.zeros_like(largest)
-        scale = tl.div_rn(largest, tl.full(largest.shape, _FP8_MAX, tl.float32))
-    else:
-        least = tl.min(tl.where(low_mask, low, float("inf")), 1)
-        least = tl.minimum(least, tl.min(tl.where(high_mask, high, float("inf")), 1))
-        # Minima ignore a NaN, which has to show: it becomes the zero of its head.
-        zero = (least + tl.sum(low * 0.0 + high * 0.0, 1)).to(tl.float16).to(tl.float32)
-        largest = tl.max(tl.where(low_mask, low, float("-inf")), 1)
-        largest = tl.maximum(largest, tl.max(tl.where(high_mask, high, float("-inf")), 1))
-        steps = tl.full(largest.shape, 2.0**POLICY - 1, tl.float32)
-        scale = tl.div_rn(largest - zero, steps)
-    scale = tl.maximum(scale.to(tl.float16).to(tl.float32), _LEAST_SCALE)
-    u_low = _levels(low, scale, zero, low_mask, POLICY)
-    u_high = _levels(high, scale, zero, high_mask, POLICY)
-    scale_bits = scale.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    zero_bits = zero.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
-    return u_low, u_high, scale_bits | (zero_bits << 16)
-
-
-@triton.jit
-def _byte(elements):
-    """Where in its run's 16 bytes an element lies: 8h + 2l + p at 4l + 2h + p."""
-    return elements % 8 // 2 * 4 + elements // 8 % 2 * 2 + elements % 2
-
-
-@triton.jit
-def _byte_offsets(rows, features, is_key, F: tl.constexpr):
-    """Of features [F] of tokens in rows of [-1, F], whose keys or values these are."""
-    if is_key:
-        offs = rows[:, None] * F + (features // 16 * 16 + _byte(features))[None, :]
-    else:
-        words = rows // 16 * 4 + _byte(rows) // 4
-        offs = (words[:, None] * F + features[None, :]) * 4 + (_byte(rows) % 4)[:, None]
-    return offs
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -238,7 +166,7 @@ def _rope_store_kernel(
             tl.store(to + low[None, :], a.to(DTYPE), mask=low_mask & stored[:, None])
             tl.store(to + high[None, :], b.to(DTYPE), mask=high_mask & stored[:, None])
         else:
-            u_low, u_high, params = _quantized(a, b, low_mask, high_mask, POLICY)
+            u_low, u_high, params = quantize(a, b, low_mask, high_mask, POLICY)
             tl.store(params_ptr + rows, params, mask=stored)
             is_key = head < HEADS + KV_HEADS
             rows = (blocks * KV_HEADS + (head - HEADS) % KV_HEADS) * BLOCK_SIZE + offsets
@@ -246,10 +174,10 @@ def _rope_store_kernel(
             cache_ptr = k_ptr if is_key else v_ptr
             if POLICY == 4:
                 u_low |= u_high << 4
-            to = cache_ptr + _byte_offsets(rows, low, is_key, F)
+            to = cache_ptr + byte_offsets(rows, low, is_key, F)
             tl.store(to, u_low, mask=low_mask & stored[:, None])
             if POLICY != 4:
-                to = cache_ptr + _byte_offsets(rows, high, is_key, F)
+                to = cache_ptr + byte_offsets(rows, high, is_key, F)
                 tl.store(to, u_high, mask=high_mask & stored[:, None])
 
 
@@ -311,12 +239,7 @@ def _pointers(cache: LayerCache) -> tuple[Tensor, Tensor | None, Tensor | None]:
 
 
 def _constants(
-    heads: tuple[int, int, int],
-    rotary_dim: int,
-    block_size: int,
-    policy: int,
-    splits: int,
-    tokens: int,
+    heads: tuple[int, int, int], rotary: int, block_size: int, policy: int, splits: int, tokens: int
 ) -> dict[str, int]:
     num_heads, num_kv_heads, head_dim = heads
     half = features_per_token(head_dim, 4)
@@ -324,7 +247,7 @@ def _constants(
         "HEADS": num_heads,
         "KV_HEADS": num_kv_heads,
         "D": head_dim,
-        "R": rotary_dim,
+        "R": rotary,
         "H": half,
         "TILE": triton.next_power_of_2(half),
         "BLOCK_SIZE": block_size,
@@ -332,3 +255,44 @@ def _constants(
         "SPLITS": splits,
         "TOKENS": tokens,
     }
+
+
+def compile_cases() -> list[CompileCase]:
+    """Llama-3-8B's heads, the parts of a decode step (s) or a prefill's rows; then other forms."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    cases = [_case(bf16, 128, policy, splits) for policy in POLICIES for splits in (4, 0)]
+    cases += [_case(bf16, head_dim, 4, 0) for head_dim in (64, 80, 96, 256)]
+    cases += [_case(bf16, 80, 8, 2, rotary_dim=32), _case(bf16, 80, 0, 0, rotary_dim=32)]
+    cases += [_case(bf16, 128, 8, splits, norm=True) for splits in (4, 0)]
+    cases += [_case(fp16, 128, 8, 4), _case(fp16, 64, 0, 0), _case(fp32, 128, 8, 0)]
+    return [*cases, _case(fp32, 128, 0, 3)]
+
+
+def _case(
+    dtype: torch.dtype,
+    head_dim: int,
+    policy: int,
+    splits: int,
+    rotary_dim: int | None = None,
+    norm: bool = False,
+) -> CompileCase:
+    """With `splits` one token to a program, and a bias, else 16 tokens."""
+    rotary_dim = rotary_dim or head_dim
+    tokens = 1 if splits else BLOCK_T
+    label = f"{str(dtype)[6:]} d{head_dim} r{rotary_dim} policy {policy} s{splits} t{tokens}"
+    cache = (torch.uint8, torch.uint8, torch.int32) if policy else (dtype, None, None)
+    return CompileCase(
+        label=label + (" norm" if norm else ""),
+        kernel=_rope_store_kernel,
+        arguments=(
+            torch.float32 if splits else dtype,
+            dtype if splits else None,
+            dtype if norm else None,
+            *(dtype, dtype, torch.int32, torch.int64, dtype),
+            *cache,
+            *(1000, 1e-5),
+        ),
+        constants=_constants((32, 8, head_dim), rotary_dim, 64, policy, splits, tokens),
+        options={"num_warps": 1 if tokens == 1 else 4},
+        min_capability=89 if policy == 16 else 80,
+    )

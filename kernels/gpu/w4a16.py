@@ -17,6 +17,7 @@ up's: half of a program's rows are of each, so that a pair meets in one thread.
 float32 activations are the exact mode: float32 weights and products, on the CUDA cores.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor
 from kernels.gpu.compile import CompileCase
 from kernels.gpu.flags import INTERPRET
 from kernels.gpu.w4a16_pack import W4A16Weight
-from kernels.gpu.w4a16_tiles import Tile, bucket_of, choose_tile, num_sms
+from kernels.gpu.w4a16_tiles import HOPPER, Chip, Tile, bucket_of, chip_of, choose_tile
 from kernels.gpu.w4a16_unpack import (
     SCALE_COLUMNS,
     TILE,
@@ -169,7 +170,7 @@ def w4a16_linear(
     x: Tensor, weight: W4A16Weight, bias: Tensor | None, partial: bool = False
 ) -> Tensor | Partials:
     """x [M, K] -> [M, N]; up to MAX_KERNEL_ROWS rows. `partial`: Partials will do as well."""
-    (m, k), n = x.shape, weight.shape[0]
+    m, n = len(x), weight.shape[0]
     tile = _tile("w4a16", x, weight)
     assert tile.splits is not None
     if tile.splits == 1:
@@ -186,7 +187,7 @@ def is_gated_best(x: Tensor, weight: W4A16Weight) -> bool:
     """Whether the gated form can compute the product, and fills the GPU without cutting K."""
     tile, n = _tile("w4a16_gated", x, weight), weight.shape[0]
     programs = triton.cdiv(bucket_of(len(x)), tile.block_m) * triton.cdiv(n, tile.block_n)
-    return n % (2 * TILE.value) == 0 and 4 * programs >= 3 * num_sms(x.device)
+    return bool(n % (2 * TILE.value) == 0 and 4 * programs >= 3 * chip_of(x.device).num_sms)
 
 
 def w4a16_silu_mul(x: Tensor, weight: W4A16Weight, bias: Tensor | None) -> Tensor:
@@ -197,8 +198,8 @@ def w4a16_silu_mul(x: Tensor, weight: W4A16Weight, bias: Tensor | None) -> Tenso
 
 
 def _tile(kernel: str, x: Tensor, weight: W4A16Weight) -> Tile:
-    bucket, sms = bucket_of(len(x)), num_sms(x.device)
-    return choose_tile(kernel, *weight.shape, weight.group_size, x.dtype, bucket, sms)
+    bucket, chip = bucket_of(len(x)), chip_of(x.device)
+    return choose_tile(kernel, *weight.shape, weight.group_size, x.dtype, bucket, chip)
 
 
 def _launch(
@@ -235,3 +236,63 @@ def _constants(tile: Tile, k: int, group_size: int, gated: bool) -> dict[str, An
 def _options(tile: Tile) -> dict[str, Any]:
     options: dict[str, Any] = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     return options | {"launch_pdl": True} if tile.pdl else options
+
+
+def compile_cases() -> list[CompileCase]:
+    f16, f32 = torch.float16, torch.float32
+    hopper, ampere = (4, 16, 32, 64, 128, 256), (64, 128)
+    return [
+        *(_case(bucket) for bucket in hopper),
+        *(_case(bucket, chip=replace(HOPPER, capability=80)) for bucket in ampere),
+        *(_case(bucket, gated=True, splits=1) for bucket in (16, 64, 256)),
+        _case(4, zeros=False),
+        _case(16, zeros=False),
+        _case(16, splits=1, bias=True),
+        _case(16, group_size=64),
+        _case(16, group_size=32),
+        _case(64, group_size=32),
+        _case(16, group_size=4096),
+        _case(64, group_size=4040, k=4040),
+        _case(16, f16),
+        _case(64, f16),
+        _case(16, f32),
+        _case(4, pdl=True),
+        _case(16, pdl=True, gated=True, splits=1),
+    ]
+
+
+def _case(
+    bucket: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    zeros: bool = True,
+    gated: bool = False,
+    group_size: int = 128,
+    k: int = 4096,
+    splits: int = 4,
+    bias: bool = False,
+    pdl: bool = False,
+    chip: Chip = HOPPER,
+) -> CompileCase:
+    """`group_size` k: one group."""
+    kernel, n = ("w4a16_gated" if gated else "w4a16"), 28672
+    tile = choose_tile(kernel, n, k, group_size, dtype, bucket, chip)
+    tile = replace(tile, splits=splits, pdl=pdl)
+    facts = [str(dtype).removeprefix("torch."), f"M{bucket}", f"g{group_size}", f"K{k}"]
+    wide = bucket > 32 and chip.capability == 90  # not for what came before
+    named = {"zeros": zeros, "gated": gated, "split": splits > 1, "bias": bias, "pdl": pdl}
+    named["sm_80"] = chip.capability == 80
+    facts += [name for name, given in named.items() if given]
+    out = torch.float32 if splits > 1 else dtype
+    return CompileCase(
+        " ".join(["w4a16", *facts]),
+        _w4a16_kernel,
+        (
+            dtype, torch.int32, dtype, torch.uint8 if zeros else None, dtype if bias else None, out,
+            bucket, n, k, 8,
+        ),
+        _constants(tile, k, group_size, gated),
+        _options(tile),
+        elements=tile.block_n * tile.block_k,
+        min_capability=90 if pdl or wide else 80,
+    )  # fmt: skip

@@ -14,10 +14,20 @@ from kernels.gpu import tiles
 
 # More rows are multiplied by cuBLAS, after the weight is dequantised for them.
 MAX_KERNEL_ROWS = 768
-BUCKETS = (16, 32, 64, 128, 256, MAX_KERNEL_ROWS)  # of rows; one tile each
+BUCKETS = (4, 16, 32, 64, 128, 256, MAX_KERNEL_ROWS)  # of rows; one tile each
 MAX_SPLITS = 8
 PROGRAMS_PER_SM = 2
-DEFAULT_NUM_SMS = 132  # an H100's or H200's
+
+
+@dataclass(frozen=True, slots=True)
+class Chip:
+    """What a launch depends on."""
+
+    num_sms: int
+    capability: int
+
+
+HOPPER = Chip(num_sms=132, capability=90)  # H100, H200; assumed where there is no GPU to ask
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +44,31 @@ class Tile:
     pdl: bool = False
 
 
+# Compiled, not timed: instructions per weight and lane of the loop, with zeros, by Triton 3.6 for
+# sm_90; an H200 has time for 4.0 while the weights arrive. Registers allow 2 to 5 programs an SM.
+#   16 x  64 x 128  3.50        32 x 128 x 128  2.65        128 x 128 x 64  4.45
+#   16 x 128 x 128  2.48        64 x 128 x 128  3.5         128 x 256 x 64  4.09
+# 64 outputs where a few rows of x are read: as many programs with half the parts to add up. From
+# 16 rows on x weighs as much as 64 outputs' weights, and every program reads it from L2. "before"
+# needs 128 outputs per 4 warps: with 64 the scales' layout costs 6 instructions.
 DEFAULTS = {
+    4: Tile(16, 64, 128, 4, 4, "after"),
     16: Tile(16, 128, 128, 4, 4, "after"),
-    32: Tile(32, 128, 128, 8, 4, "after"),
-    64: Tile(64, 128, 64, 4, 4, "before"),
+    32: Tile(32, 128, 128, 4, 4, "after"),
+    64: Tile(64, 128, 128, 4, 3, "before"),
     128: Tile(128, 128, 64, 4, 4, "before"),
     256: Tile(128, 256, 64, 8, 3, "before"),
     MAX_KERNEL_ROWS: Tile(128, 256, 64, 8, 3, "before"),
 }
+# Before Hopper both operands of a product are in registers, and wider tiles spill.
+AMPERE = DEFAULTS | {
+    64: Tile(64, 128, 64, 8, 3, "before"),
+    128: Tile(128, 128, 64, 8, 3, "before"),
+    256: Tile(128, 128, 64, 8, 3, "before"),
+    MAX_KERNEL_ROWS: Tile(128, 128, 64, 8, 3, "before"),
+}
 # float32: products on the CUDA cores, whose operands fill registers.
-EXACT = Tile(16, 64, 32, 4, 2, "after")
+EXACT = Tile(16, 64, 32, 4, 2, "before")
 
 
 def bucket_of(rows: int) -> int:
@@ -52,11 +77,12 @@ def bucket_of(rows: int) -> int:
 
 @cache
 def choose_tile(
-    kernel: str, n: int, k: int, group_size: int, dtype: torch.dtype, bucket: int, num_sms: int
+    kernel: str, n: int, k: int, group_size: int, dtype: torch.dtype, bucket: int, chip: Chip
 ) -> Tile:
     """The tile of "w4a16" or "w4a16_gated", with its number of splits."""
     tuned = tiles.lookup(kernel, n=n, k=k, group=group_size, m=bucket)
-    tile = EXACT if dtype == torch.float32 else Tile(**tuned) if tuned else DEFAULTS[bucket]
+    defaults = DEFAULTS if chip.capability >= 90 else AMPERE
+    tile = EXACT if dtype == torch.float32 else Tile(**tuned) if tuned else defaults[bucket]
     gated = kernel == "w4a16_gated"
     # A gated program's rows are two halves of whole tiles.
     tile = replace(
@@ -66,21 +92,22 @@ def choose_tile(
     )
     steps = -(-k // tile.block_k)
     programs = -(-bucket // tile.block_m) * -(-n // tile.block_n)
-    splits = tile.splits or max(1, PROGRAMS_PER_SM * num_sms // programs)
+    splits = tile.splits or max(1, PROGRAMS_PER_SM * chip.num_sms // programs)
     # The same number of steps for every part, and no part without any.
     steps_per_split = -(-steps // min(splits, MAX_SPLITS, steps))
     return replace(tile, splits=1 if gated else -(-steps // steps_per_split))
 
 
 @cache
-def num_sms(device: torch.device) -> int:
+def chip_of(device: torch.device) -> Chip:
     if device.type != "cuda":
-        return DEFAULT_NUM_SMS
-    return torch.cuda.get_device_properties(device).multi_processor_count
+        return HOPPER
+    properties = torch.cuda.get_device_properties(device)
+    return Chip(properties.multi_processor_count, 10 * properties.major + properties.minor)
 
 
 def choose_block_k(wanted: int, k: int, group_size: int) -> int:
     """At most `wanted` inputs that have one scale; whole ones of K where that is possible."""
     period = k if group_size == k else group_size
     fits = [size for size in (128, 64, 32) if size <= wanted and period % size == 0]
-    return fits[0] if fits else min(wanted, 64)
+    return fits[0] if fits else 32

@@ -30,12 +30,13 @@ EIGHT_HALVES = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r")
 
 @triton.jit
 def output_of(rows, pid_n, N, BLOCK_N: tl.constexpr, GATED: tl.constexpr):
-    """Rows of a program's block -> outputs; GATED: the block's halves are of the matrix's halves."""
+    """Rows of a program's block -> outputs; GATED: half of them are in each half of the matrix."""
     if GATED:
         HALF: tl.constexpr = BLOCK_N // 2
-        return rows // HALF * (N // 2) + pid_n * HALF + rows % HALF
+        offs_n = rows // HALF * (N // 2) + pid_n * HALF + rows % HALF
     else:
-        return pid_n * BLOCK_N + rows
+        offs_n = pid_n * BLOCK_N + rows
+    return offs_n
 
 
 @triton.jit
@@ -49,9 +50,10 @@ def row_offsets(offs_n, N, K):
 def step_offset(step, BLOCK_K: tl.constexpr):
     """Offset, within a row, of the words of BLOCK_K inputs."""
     if BLOCK_K < TILE:
-        return step // 2 * TILE_WORDS + step % 2 * (ROW_WORDS // 2)
+        offset = step // 2 * TILE_WORDS + step % 2 * (ROW_WORDS // 2)
     else:
-        return step * (BLOCK_K // TILE * TILE_WORDS)
+        offset = step * (BLOCK_K // TILE * TILE_WORDS)
+    return offset
 
 
 @triton.jit
@@ -61,12 +63,12 @@ def column_offsets(BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def unpack_int4(words, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[BLOCK_N, BLOCK_K / 8] words -> [BLOCK_N, BLOCK_K] of DTYPE, without leaving registers.
+def unpack_int4(words, dtype: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[BLOCK_N, BLOCK_K / 8] words -> [BLOCK_N, BLOCK_K] of dtype, without leaving registers.
 
     q in float32, 128 + q in bf16 and 1024 + q in fp16.
     """
-    if DTYPE == tl.float32:
+    if dtype == tl.float32:
         a0 = (words & 15).to(tl.float32)
         a1 = ((words >> 16) & 15).to(tl.float32)
         b0 = ((words >> 4) & 15).to(tl.float32)
@@ -75,7 +77,7 @@ def unpack_int4(words, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.c
         c1 = ((words >> 24) & 15).to(tl.float32)
         d0 = ((words >> 12) & 15).to(tl.float32)
         d1 = ((words >> 28) & 15).to(tl.float32)
-    elif DTYPE == tl.bfloat16:
+    elif dtype == tl.bfloat16:
         a0, a1, b0, b1, c0, c1, d0, d1 = tl.inline_asm_elementwise(
             UNPACK_BF16, EIGHT_HALVES, [words], dtype=(tl.bfloat16,) * 8, is_pure=True, pack=1
         )
@@ -94,16 +96,13 @@ def unpack_int4(words, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.c
 def centre(weight, zero):
     """What `unpack_int4` gave -> q - zero, exact; zero uint8 [BLOCK_N], or None for 8."""
     if weight.dtype == tl.float32:
-        return _subtract(weight, zero, 0.0)
+        base: tl.constexpr = 0.0
     elif weight.dtype == tl.bfloat16:
-        return _subtract(weight, zero, 128.0)
+        base: tl.constexpr = 128.0
     else:
-        return _subtract(weight, zero, 1024.0)
-
-
-@triton.jit
-def _subtract(weight, zero, OFFSET: tl.constexpr):
+        base: tl.constexpr = 1024.0
     if zero is None:
-        return weight - (OFFSET + 8.0)
+        centred = weight - (base + 8.0)
     else:
-        return weight - (OFFSET + zero.to(tl.float32)).to(weight.dtype)[:, None]
+        centred = weight - (base + zero.to(tl.float32)).to(weight.dtype)[:, None]
+    return centred

@@ -8,7 +8,7 @@ from kernels.gpu import w4a16, w4a16_tiles
 from kernels.gpu.w4a16 import is_gated_best, w4a16_linear, w4a16_silu_mul
 from kernels.gpu.w4a16_dequantise import dequantise
 from kernels.gpu.w4a16_pack import W4A16Weight, pack_w4a16
-from kernels.gpu.w4a16_tiles import MAX_KERNEL_ROWS, Tile
+from kernels.gpu.w4a16_tiles import MAX_KERNEL_ROWS, Chip, Tile
 from kernels.int4_linear import int4_linear, int4_silu_mul, pack_int4
 from kernels.partials import Partials, summed
 
@@ -37,7 +37,9 @@ def packed(
     weight = pack_int4(q, zeros, scales, dtype, "cuda", input_order=order)
     assert isinstance(weight, W4A16Weight)
     assert (weight.zeros is None) == symmetric
-    exact = (q.double().view(-1, group_size, n) - zeros.double()[:, None]) * scales.double()[:, None]
+    exact = (q.double().view(-1, group_size, n) - zeros.double()[:, None]) * scales.double()[
+        :, None
+    ]
     value = exact.view(k, n).t()
     if order is not None:
         value = torch.zeros_like(value).index_copy_(1, order, value)
@@ -162,13 +164,13 @@ def test_gated(
     check(w4a16_silu_mul(x, weight, bias), expected, factor=3)
     assert not is_gated_best(x, weight)  # so few outputs: K is cut instead
     check(int4_silu_mul(x, weight, bias), expected, factor=3)
-    monkeypatch.setattr(w4a16, "num_sms", lambda device: 1)
+    monkeypatch.setattr(w4a16, "chip_of", lambda device: Chip(1, 90))
     assert is_gated_best(x, weight)
     check(int4_silu_mul(x, weight, bias), expected, factor=3)
 
 
 def test_gated_halves_that_are_no_whole_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(w4a16, "num_sms", lambda device: 1)
+    monkeypatch.setattr(w4a16, "chip_of", lambda device: Chip(1, 90))
     weight, exact = packed(2 * 96, 128, 64)
     x = normal(3, 128, seed=13) / 50
     assert not is_gated_best(x, weight)
