@@ -1,12 +1,11 @@
 """One run: every kernel and the engine checked, then timed beside their peers, in nine minutes.
 
-    python -m benchmarks.gpu [STAGE ...] [--json FILE]   on a GPU; $OUT/gpu.json, without $OUT
-                                                          benchmarks/results/gpu.json
-    python -m benchmarks.gpu --rehearse                  the same stages on tiny shapes, no GPU
-    python -m benchmarks.gpu tune                        writes configs/kernels/<gpu>.json
+    python -m benchmarks.gpu [STAGE ...]   on a GPU: gpu.json in $OUT or benchmarks/results
+    python -m benchmarks.gpu tune          writes configs/kernels/<gpu>.json
+    python -m benchmarks.gpu --rehearse    the same stages on tiny shapes, without a GPU
 
 It needs torch, triton, transformers, safetensors and numpy, no network, and neither Ray nor
-FastAPI. With names of stages only those run, and the rest of the file stays.
+FastAPI. With names of stages only those run, and the others' numbers stay.
 """
 
 import argparse
@@ -18,7 +17,7 @@ from pathlib import Path
 from benchmarks.gpu import stages, summary
 from benchmarks.gpu.bench import Report
 
-FOLDER = Path(__file__).resolve().parents[2] / "configs" / "kernels"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "kernels"
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
@@ -29,32 +28,33 @@ def main() -> int:
         stages.run_here(names, arguments.json, arguments.seconds, arguments.rehearse)
         return 0
     if not arguments.rehearse:
-        out = Path(os.environ.get("OUT", RESULTS))
-        return _run(names, arguments.json or out / "gpu.json", fresh=not arguments.stages)
+        return _run(names, arguments.out, fresh=not arguments.stages)
     with tempfile.TemporaryDirectory() as folder:
-        path = arguments.json or Path(folder) / "gpu.json"
-        names = arguments.stages or [*names, "tune"]
-        return _rehearse(names, path)
+        return _rehearse(arguments.stages or [*names, "tune"], Path(folder))
 
 
-def _run(names: list[str], path: Path, fresh: bool) -> int:
+def _run(names: list[str], out: Path, fresh: bool) -> int:
+    """The record is out/gpu.json, every number behind it out/gpu/stages.json."""
+    path = out / "gpu" / "stages.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     if fresh:
         path.unlink(missing_ok=True)
     if "tune" in names and "ceilings" not in names:
         names = ["ceilings", *names]
-    report = stages.run_all(names, path, rehearse=False)
-    summary.show(report)
-    print(f"written to {path}")
+    report = stages.run_all(names, path, False, lambda report: summary.save(report, out))
     if "tune" in names and report["tune"].get("kernels"):
         from benchmarks.gpu.tune import write
 
-        for folder in {FOLDER, path.parent}:
+        for folder in {CONFIGS, path.parent}:
             print(f"written to {write(report, folder)}")
+    summary.show(report)
+    print(f"written to {out / 'gpu.json'} and {path}")
     return 0 if _is_right(report, names) else 1
 
 
-def _rehearse(names: list[str], path: Path) -> int:
-    report = stages.run_all(names, path, rehearse=True)
+def _rehearse(names: list[str], folder: Path) -> int:
+    report = stages.run_all(names, folder / "stages.json", True, lambda report: None)
+    summary.save(report, folder)
     summary.show_stages(report)
     return 0 if _is_right(report, names) else 1
 
@@ -79,7 +79,9 @@ def _arguments() -> argparse.Namespace:
         "stages", nargs="*", help=f"of {', '.join(known)}; without any all but tune"
     )
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes, in the interpreter")
-    parser.add_argument("--json", type=Path, help="where the report goes")
+    out = Path(os.environ.get("OUT", RESULTS))
+    parser.add_argument("--out", type=Path, default=out, help="folder of gpu.json")
+    parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=600.0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

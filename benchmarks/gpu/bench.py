@@ -130,7 +130,7 @@ class Bench:
             return 0.0
         torch.cuda.synchronize()
         start, end = _event(), _event()
-        torch.cuda._sleep(100_000_000)  # cycles
+        torch.cuda._sleep(100_000_000)  # type: ignore[no-untyped-call] # cycles
         start.record()
         for _ in range(count):
             call()

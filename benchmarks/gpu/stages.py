@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +45,9 @@ STAGES = (
 TUNE = Stage("tune", 480)  # on demand only
 
 
-def run_all(names: Sequence[str], path: Path, rehearse: bool) -> Report:
+def run_all(
+    names: Sequence[str], path: Path, rehearse: bool, after_each: Callable[[Report], object]
+) -> Report:
     """The stages' report. A rehearsal has nothing to protect and takes one process for all."""
     wanted = [stage for stage in (*STAGES, TUNE) if stage.name in names]
     if rehearse:
@@ -59,6 +61,7 @@ def run_all(names: Sequence[str], path: Path, rehearse: bool) -> Report:
             continue
         print(f"== {stage.name}", flush=True)
         _start([stage.name], path, min(stage.seconds, left), rehearse)
+        after_each(read_report(path))
     return read_report(path)
 
 
