@@ -30,7 +30,8 @@ def main() -> int:
     if not arguments.rehearse:
         return _run(names, arguments.out, fresh=not arguments.stages)
     with tempfile.TemporaryDirectory() as folder:
-        return _rehearse(arguments.stages or [*names, "tune"], Path(folder))
+        path = arguments.json or Path(folder) / "stages.json"
+        return _rehearse(arguments.stages or [*names, "tune"], path)
 
 
 def _run(names: list[str], out: Path, fresh: bool) -> int:
@@ -52,9 +53,9 @@ def _run(names: list[str], out: Path, fresh: bool) -> int:
     return 0 if _is_right(report, names) else 1
 
 
-def _rehearse(names: list[str], folder: Path) -> int:
-    report = stages.run_all(names, folder / "stages.json", True, lambda report: None)
-    summary.save(report, folder)
+def _rehearse(names: list[str], path: Path) -> int:
+    report = stages.run_all(names, path, True, lambda report: None)
+    summary.save(report, path.parent)
     summary.show_stages(report)
     return 0 if _is_right(report, names) else 1
 
