@@ -26,7 +26,6 @@ class Wanted:
     memory: str | None = None
     bandwidth: float | None = None  # GB/s
     cpu: bool = False
-    int4: bool = False
 
     @property
     def device(self) -> Device:
@@ -34,8 +33,8 @@ class Wanted:
 
     def resolve(self) -> Memory:
         """ConfigError when it does not say one memory."""
-        if self.cpu and (self.gpu or self.num_gpus or self.int4):
-            raise ConfigError("--cpu plans for a machine without GPUs: drop --gpu, --gpus, --int4")
+        if self.cpu and (self.gpu or self.num_gpus):
+            raise ConfigError("--cpu plans for a machine without GPUs: drop --gpu, --gpus")
         if self.gpu and (self.memory or self.bandwidth):
             raise ConfigError("--memory and --bandwidth describe a GPU that --gpu does not know")
         if self.gpu:
@@ -56,7 +55,7 @@ def run_plan(
     path = path.parent if path.name == "config.json" else path
     spec = load_spec(path)
     engine = _engine_config(path, config, settings)
-    plan = Planner(spec, engine, wanted.device, wanted.int4).plan(memory, wanted.num_gpus)
+    plan = Planner(spec, engine, wanted.device).plan(memory, wanted.num_gpus)
     size = _stored_bytes(path, spec)
     name = path.resolve().name
     text = to_json(name, size, plan) if as_json else to_text(name, spec, size, plan)

@@ -55,14 +55,8 @@ def check(found: Tensor, expected: Tensor, factor: float = 1.0) -> None:
 def tiled(monkeypatch: pytest.MonkeyPatch, *values: object, **more: object) -> None:
     """Every product of 16-bit activations uses this tile."""
     tile = Tile(*values, **more)  # type: ignore[arg-type]
-    w4a16_tiles.choose_tile.cache_clear()
     monkeypatch.setattr(w4a16_tiles, "DEFAULTS", dict.fromkeys(w4a16_tiles.BUCKETS, tile))
     monkeypatch.setattr(w4a16_tiles, "EXACT", tile)
-
-
-@pytest.fixture(autouse=True)
-def forget_tiles() -> None:
-    w4a16_tiles.choose_tile.cache_clear()
 
 
 @pytest.fixture(autouse=True)
