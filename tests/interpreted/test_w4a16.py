@@ -1,5 +1,7 @@
 """The W4A16 kernels against float64 products of the dequantised weight."""
 
+import json
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from kernels.gpu.w4a16_pack import W4A16Weight, pack_w4a16
 from kernels.gpu.w4a16_tiles import MAX_KERNEL_ROWS, Tile
 from kernels.int4_linear import int4_linear, int4_silu_mul, pack_int4
 from kernels.partials import Partials, summed
+from kernels.stored_weight import restore, store
 
 # The interpreter computes in float32 and cuts what it rounds to bf16 off: 2^-7.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -188,6 +191,27 @@ def test_results_repeat() -> None:
     x = normal(16, 512, seed=14, dtype=torch.bfloat16)
     first, second = (summed(int4_linear(x, weight, None)) for _ in range(2))
     assert torch.equal(first, second)
+
+
+def test_parts_of_larger_tensors_are_packed() -> None:
+    """A rank's columns of a checkpoint's tensors, as they are read."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(0, 16, (128, 512), generator=generator, dtype=torch.uint8)[:, :256]
+    zeros = torch.randint(0, 16, (2, 512), generator=generator, dtype=torch.uint8)[:, :256]
+    scales = torch.rand(2, 512, generator=generator)[:, :256]
+    part = pack_w4a16(q, zeros, scales, torch.float32, "cuda")
+    q, zeros, scales = (x.contiguous() for x in (q, zeros, scales))
+    whole = pack_w4a16(q, zeros, scales, torch.float32, "cuda")
+    assert torch.equal(dequantise(part), dequantise(whole))
+
+
+def test_a_stored_weight_comes_back() -> None:
+    weight, _ = packed(72, 96, 32, order=torch.arange(96).flip(0))
+    form, tensors = store("w", weight)
+    restored = restore(json.loads(json.dumps(form)), tensors)
+    x = normal(2, 96, seed=15)
+    assert restored.shape == weight.shape
+    assert torch.equal(summed(int4_linear(x, restored, None)), summed(int4_linear(x, weight, None)))
 
 
 def test_padding_is_zero() -> None:
