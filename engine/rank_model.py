@@ -140,9 +140,7 @@ class RankModel:
 
 
 def _weight_cache(config: EngineConfig, device: str, peers: Peers | None) -> WeightCache | None:
-    """None where the setting says so, and on a GPU: what it computes with today are dequantised
-    weights, four times the checkpoint's bytes.
-    """
+    """None where the setting says so, and on a GPU, whose memory is not mapped from a file."""
     directory = config.weights_cache_directory()
     if directory is None or device != "cpu":
         return None

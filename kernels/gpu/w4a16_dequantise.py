@@ -81,7 +81,7 @@ def compile_cases() -> list[CompileCase]:
     forms = ((bf16, 128, False), (bf16, 128, True), (f16, 64, True), (f32, 128, True))
     return [
         CompileCase(
-            f"{str(dtype).removeprefix('torch.')} g{group_size}" + " zeros" * zeros,
+            f"dequantise {str(dtype).removeprefix('torch.')} g{group_size}" + " zeros" * zeros,
             _dequantise_kernel,
             (torch.int32, dtype, torch.uint8 if zeros else None, dtype, 4096, 4096),
             group_constants(4096, group_size, BLOCK_K) | {"BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K},
