@@ -66,7 +66,7 @@ def dequantise(weight: W4A16Weight) -> Tensor:
     that had to grow would leave captured graphs with the old one.
     """
     n, k = weight.shape
-    out = torch.empty(n, k, dtype=weight.scales.dtype, device=weight.scales.device)
+    out = weight.scales.new_empty(n, k)
     block_k = choose_block_k(BLOCK_K, k, weight.group_size)
     grid = (triton.cdiv(k, block_k), triton.cdiv(n, BLOCK_N))
     _dequantise_kernel[grid](

@@ -1,6 +1,9 @@
 """The W4A16 kernels against float64 products of the dequantised weight."""
 
 import json
+import math
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -64,15 +67,22 @@ def tiled(monkeypatch: pytest.MonkeyPatch, *values: object, **more: object) -> N
 
 
 @pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs begin as NaN, so that one which is not written shows."""
-    empty, new_empty = torch.empty, Tensor.new_empty
+def guards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Outputs begin as NaN, and so does what lies behind them, which nobody may write."""
+    behind: list[Tensor] = []
+    new_empty = Tensor.new_empty
 
-    def nan(value: Tensor) -> Tensor:
-        return value.fill_(torch.nan) if value.is_floating_point() else value
+    def guarded(like: Tensor, *shape: int, **kwargs: Any) -> Tensor:
+        size = math.prod(shape)
+        if size == 0:  # the interpreter's own
+            return new_empty(like, *shape, **kwargs)
+        memory = new_empty(like, size + 4096, **kwargs).fill_(torch.nan)
+        behind.append(memory[size:])
+        return memory[:size].view(shape)
 
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: nan(empty(*a, **k)))
-    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: nan(new_empty(*a, **k)))
+    monkeypatch.setattr(Tensor, "new_empty", guarded)
+    yield
+    assert all(bool(each.isnan().all()) for each in behind)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
