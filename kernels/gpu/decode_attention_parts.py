@@ -91,7 +91,7 @@ def merge_splits_kernel(
     offs_d = tl.arange(0, WIDTH)
     context_len = tl.load(context_lens_ptr + row // QUERY_HEADS)
     _, first, last = split_bounds(context_len, window, splits, num_splits, TOKENS)
-    written = (first < last) & (splits < num_splits)
+    written = first < last  # none at or after num_splits
     stats = part_stat_ptr + (row * num_splits + splits) * 2
     row_max = tl.load(stats, mask=written, other=HIDDEN)
     row_sum = tl.load(stats + 1, mask=written, other=0.0)
