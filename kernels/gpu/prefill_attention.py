@@ -15,10 +15,6 @@ The step's own keys and values were stored before this runs and are read from th
 later step will read them, quantised ones too. Key tiles begin at multiples of BLOCK_N and a tile
 that a row does not see changes nothing in it: however a prompt is cut into chunks, each of its
 queries has the same sums in the same order. So no schedule shows in the tokens.
-
-Quantised tiles become float16 keys and values (c * scale + z of kernels/gpu/kv_unpack.py) rather
-than scaling scores and weights, as decode does: with BLOCK_M rows of 128 there are as many scores
-as elements of the tile, and two of these take one instruction.
 """
 
 from typing import Any
@@ -31,7 +27,7 @@ from torch import Tensor
 from kernels.gpu import tiles
 from kernels.gpu.compile import CompileCase
 from kernels.gpu.flags import INTERPRET, LOG2_E
-from kernels.gpu.kv_unpack import centred_params, feature_order, unpack_k, unpack_vt
+from kernels.gpu.prefill_attention_loads import load_plain_tile, load_quantized_tile
 from kernels.gpu.step import GpuStep
 from kernels.kv_layout import POLICIES, LayerCache, QuantizedKV, features_per_token
 
@@ -56,63 +52,6 @@ def _find_tile(query_start_loc_ptr, first_row, num_rows, tile, BLOCK_Q: tl.const
 
 
 @triton.jit
-def _load_tile(
-    k_ptr, v_ptr, params_ptr, table_ptr, head, key, end,
-    HKV: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, POLICY: tl.constexpr, EXACT: tl.constexpr,
-    MASKED: tl.constexpr,
-):  # fmt: skip
-    """Keys and values [BLOCK_N, BLOCK_D] of positions from `key`.
-
-    Where MASKED, values at `end` and behind are 0, whatever is in the cache there.
-    """
-    offs_n = tl.arange(0, BLOCK_N)
-    block = tl.load(table_ptr + key // BLOCK_SIZE).to(tl.int64)
-    present = key + offs_n < end
-    if POLICY == 0:
-        slot = (block * (2 * HKV) + head) * BLOCK_SIZE + key % BLOCK_SIZE
-        offs_d = tl.arange(0, BLOCK_D)
-        offsets = offs_n[:, None] * D + offs_d[None, :]
-        mask = (offs_d < D)[None, :]
-        k = _load(k_ptr + slot * D + offsets, mask, BLOCK_D != D)
-        v = _load(v_ptr + slot * D + offsets, mask & present[:, None], MASKED or BLOCK_D != D)
-        if INTERPRET:
-            k = k.to(tl.float32)
-            v = v.to(tl.float32)
-    else:
-        FOLDED: tl.constexpr = BLOCK_D // 2 if POLICY == 4 else BLOCK_D  # F's power of two
-        slot = (block * HKV + head) * BLOCK_SIZE + key % BLOCK_SIZE
-        words_n = tl.arange(0, BLOCK_N // 4)
-        words_d = tl.arange(0, FOLDED // 4)
-        k_offsets = offs_n[:, None] * (F // 4) + words_d[None, :]
-        k_mask = (words_d < F // 4)[None, :]
-        k_words = _load(k_ptr + slot * (F // 4) + k_offsets, k_mask, FOLDED != F)
-        offs_f = tl.arange(0, FOLDED)
-        v_offsets = words_n[:, None] * F + offs_f[None, :]
-        v_words = _load(v_ptr + slot * (F // 4) + v_offsets, (offs_f < F)[None, :], FOLDED != F)
-        params_slot = (block * (2 * HKV) + head) * BLOCK_SIZE + key % BLOCK_SIZE
-        params_ptrs = params_ptr + params_slot + offs_n
-        k_scale, k_zero = centred_params(tl.load(params_ptrs), POLICY)
-        v_scale, v_zero = centred_params(tl.load(params_ptrs + HKV * BLOCK_SIZE), POLICY)
-        k = unpack_k(k_words, POLICY, EXACT)
-        v = unpack_vt(v_words, POLICY, EXACT)
-        k = k * k_scale.to(k.dtype)[:, None]
-        v = v * v_scale.to(v.dtype)[None, :]
-        if POLICY != 16:
-            k += k_zero.to(k.dtype)[:, None]
-            v += v_zero.to(v.dtype)[None, :]
-        if MASKED:
-            v = tl.where(present[None, :], v, 0.0)
-        v = tl.trans(v)
-    return k, v
-
-
-@triton.jit
-def _load(pointers, mask, MASKED: tl.constexpr):
-    return tl.load(pointers, mask=mask, other=0) if MASKED else tl.load(pointers)
-
-
-@triton.jit
 def _attend(
     q, acc, row_max, row_sum, positions, slopes, start, end,
     k_ptr, v_ptr, params_ptr, table_ptr, head, scale, window, soft_cap,
@@ -121,12 +60,19 @@ def _attend(
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """The rows' maxima, sums and weighted values after the keys from `start` up to `end`."""
+    BLOCK_F: tl.constexpr = BLOCK_D // 2 if POLICY == 4 else BLOCK_D
     offs_n = tl.arange(0, BLOCK_N)
     for key in tl.range(start, end, BLOCK_N):
-        k, v = _load_tile(
-            k_ptr, v_ptr, params_ptr, table_ptr, head, key, end,
-            HKV, D, F, BLOCK_SIZE, BLOCK_D, BLOCK_N, POLICY, EXACT, MASKED,
-        )  # fmt: skip
+        if POLICY == 0:
+            k, v = load_plain_tile(
+                k_ptr, v_ptr, table_ptr, head, key, end,
+                HKV, D, BLOCK_SIZE, BLOCK_D, BLOCK_N, MASKED,
+            )  # fmt: skip
+        else:
+            k, v = load_quantized_tile(
+                k_ptr, v_ptr, params_ptr, table_ptr, head, key, end,
+                HKV, F, BLOCK_SIZE, BLOCK_F, BLOCK_N, POLICY, EXACT, MASKED,
+            )  # fmt: skip
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         factor = scale * LOG2_E
         if soft_cap is not None:  # tanh(x) = 1 - 2 / (1 + e^2x)
@@ -152,7 +98,11 @@ def _attend(
         decay = tl.exp2(row_max - new_max)
         row_sum = row_sum * decay + tl.sum(p, 1)
         row_max = new_max
-        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+        p = p.to(v.dtype)
+        if POLICY == 0:
+            acc = tl.dot(p, v, acc * decay[:, None], input_precision="ieee")
+        else:
+            acc = tl.dot(v, tl.trans(p), acc * decay[None, :], input_precision="ieee")
     return acc, row_max, row_sum
 
 
@@ -197,11 +147,13 @@ def _prefill_kernel(
 
     offs_m = tl.arange(0, BLOCK_M)
     queries = tile * BLOCK_Q + offs_m // G
-    if POLICY == 0:
-        offs_d = tl.arange(0, BLOCK_D)
-    else:
-        offs_d = tl.max_contiguous(tl.multiple_of(feature_order(BLOCK_D, F, POLICY), 8), 8)
-    mask = ((queries < query_len) & (offs_m < BLOCK_Q * G))[:, None] & (offs_d < D)[None, :]
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    if POLICY == 4:  # feature_order of kv_unpack.py, from which the compiler sees runs of 8
+        offs_f = offs_d // 16 * 8 + offs_d % 8
+        offs_d = offs_f + offs_d // 8 % 2 * F
+        mask_d = (offs_f < F) & (offs_d < D)
+    mask = ((queries < query_len) & (offs_m < BLOCK_Q * G))[:, None] & mask_d[None, :]
     q_rows = ((first_token + queries).to(tl.int64) * HKV + head) * G + offs_m % G
     offsets = q_rows[:, None] * D + offs_d[None, :]
     q = tl.load(q_ptr + offsets, mask=mask, other=0.0)
@@ -227,7 +179,10 @@ def _prefill_kernel(
     table_ptr = block_tables_ptr + tl.load(rows_ptr + row).to(tl.int64) * table_stride
     row_max = tl.full((BLOCK_M,), -1e30, tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if POLICY == 0:
+        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_D, BLOCK_M), tl.float32)
     if window is not None:
         acc, row_max, row_sum = _attend(
             q, acc, row_max, row_sum, positions, slopes, start, edge,
@@ -244,6 +199,8 @@ def _prefill_kernel(
         k_ptr, v_ptr, params_ptr, table_ptr, head, scale, window, soft_cap,
         HKV, D, F, BLOCK_SIZE, BLOCK_D, BLOCK_N, POLICY, EXACT, True,
     )  # fmt: skip
+    if POLICY != 0:
+        acc = tl.trans(acc)
     out = acc * (1.0 / row_sum)[:, None]
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
 
