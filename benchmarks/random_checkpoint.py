@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -66,10 +67,9 @@ def write_checkpoints(directory: Path, shape: LlamaShape, seed: int = 0) -> tupl
             awq[f"{name}.qweight"], awq[f"{name}.qzeros"] = pack_awq(q, zeros)
             awq[f"{name}.scales"] = scales
             bf16[f"{name}.weight"] = dequantize(q, zeros, scales).t().to(torch.bfloat16)
-    config = _config(shape)
     return (
-        _write(directory / "awq", config | _quantization(shape), awq),
-        _write(directory / "bf16", config, bf16),
+        _write(directory / "awq", model_config(shape, int4=True), awq),
+        _write(directory / "bf16", model_config(shape, int4=False), bf16),
     )
 
 
@@ -86,7 +86,7 @@ def write_awq(directory: Path, shape: LlamaShape, seed: int = 0) -> Path:
             tensors[f"{name}.qweight"] = words.int()
             tensors[f"{name}.qzeros"] = torch.full((groups, rows // 8), zero_words).int()
             tensors[f"{name}.scales"] = torch.full((groups, rows), scale).half()
-    return _write(directory, _config(shape) | _quantization(shape), tensors)
+    return _write(directory, model_config(shape, int4=True), tensors)
 
 
 def _dense_tensors(shape: LlamaShape, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
@@ -101,8 +101,9 @@ def _dense_tensors(shape: LlamaShape, generator: torch.Generator) -> Iterator[tu
     yield "model.norm.weight", ones.clone()
 
 
-def _config(shape: LlamaShape) -> dict[str, object]:
-    return {
+def model_config(shape: LlamaShape, int4: bool) -> dict[str, Any]:
+    """What config.json holds."""
+    config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": shape.hidden_size,
@@ -123,18 +124,15 @@ def _config(shape: LlamaShape) -> dict[str, object]:
         "eos_token_id": 2,
         "torch_dtype": "bfloat16",
     }
-
-
-def _quantization(shape: LlamaShape) -> dict[str, object]:
-    return {
-        "quantization_config": {
+    if int4:
+        config["quantization_config"] = {
             "quant_method": "awq",
             "version": "gemm",
             "bits": 4,
             "group_size": shape.group_size,
             "zero_point": True,
         }
-    }
+    return config
 
 
 def _write(directory: Path, config: dict[str, object], tensors: dict[str, Tensor]) -> Path:

@@ -17,6 +17,7 @@ from engine.errors import ConfigError
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Placement = Literal["node", "stages", "ranks"]
+QUANT_POLICIES = (0, 4, 8, 16)
 GiB = 1024**3
 
 
@@ -42,11 +43,16 @@ class EngineConfig:
     max_waiting_requests: int = 1024  # admission: waiting sequences beyond this are refused
     max_waiting_tokens: int = 1_000_000  # admission: waiting prompt tokens
     block_size: int | None = None  # tokens per KV block; None: 16 on CPU, 64 on GPU
+    # Keys and values in the cache: 0: as the activations; 8 and 4: so many bits, with a scale and
+    # a zero per token and head; 16: fp8 (e4m3). The numbers are LMDeploy's.
+    quant_policy: int = 0
     cache_max_entry_count: float | int = 0.8
     max_cpu_cache_bytes: int = 2 * GiB
     enable_prefix_caching: bool = True
     int8_activations: bool = False  # CPU: rows to int8, lm_head too; faster, not exact
     num_threads: int | None = None  # CPU threads of each rank; None: cores / ranks of the node
+    enable_cuda_graphs: bool = True  # GPU, pp 1: steps of decode rows alone are replayed
+    enable_async_scheduling: bool = True  # GPU, pp 1: the next step is launched while one runs
     seed: int | None = None  # draws of requests without a seed; None: different at every start
     step_timeout_s: int = 120  # a step that takes longer counts as hung
     # CPU: directory of packed weights that all engines of a node map; auto: manta in
@@ -72,6 +78,11 @@ class EngineConfig:
             )
         if self.block_size is not None and self.block_size & (self.block_size - 1):
             raise ConfigError(f"block_size must be a power of two, got {self.block_size}")
+        if self.quant_policy and self.block_size is not None and self.block_size < 16:
+            raise ConfigError(
+                f"block_size must be at least 16 with quant_policy {self.quant_policy}, got "
+                f"{self.block_size}"
+            )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "engine config") -> "EngineConfig":
@@ -134,6 +145,12 @@ _POSITIVE = (
     "step_timeout_s",
     "max_weights_cache_bytes",
 )
+_SWITCHES = (
+    "enable_prefix_caching",
+    "int8_activations",
+    "enable_cuda_graphs",
+    "enable_async_scheduling",
+)
 _CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("auto", "bfloat16", "float16", "float32"),
     "device": ("auto", "cpu", "cuda"),
@@ -152,7 +169,11 @@ def _check_types(config: EngineConfig) -> None:
         value = getattr(config, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
             raise ConfigError(f"{name} must be an integer, got {value!r}")
-    for name in ("enable_prefix_caching", "int8_activations"):
+    policy = config.quant_policy
+    if isinstance(policy, bool) or not isinstance(policy, int) or policy not in QUANT_POLICIES:
+        policies = ", ".join(map(str, QUANT_POLICIES))
+        raise ConfigError(f"quant_policy must be one of {policies}, got {policy!r}")
+    for name in _SWITCHES:
         if not isinstance(getattr(config, name), bool):
             raise ConfigError(f"{name} must be true or false, got {getattr(config, name)!r}")
     share = config.cache_max_entry_count

@@ -20,7 +20,7 @@ from torch import Tensor
 from kernels.attention_plan import DecodePlan, Int32Array, KeyBlocks, Planner, PrefillTile
 from kernels.cpu import check_dense, library, library_for
 from kernels.gpu.step import GpuStep
-from kernels.kv_layout import LayerCache
+from kernels.kv_layout import LayerCache, QuantizedKV, heads_of
 
 NATIVE_HEAD_DIMS = (32, 64, 96, 128, 256)  # those kernels/cpu/attention.cpp is compiled for
 
@@ -42,7 +42,7 @@ class AttentionMetadata:
     block_size: int
     device: str
     addresses: tuple[int, int, int]  # of block_tables, context_lens, slot_mapping: native kernels
-    derived: "_Derived" = field(default_factory=lambda: _Derived({}, {}, {}))
+    derived: "_Derived" = field(default_factory=lambda: _Derived({}, {}, {}, {}))
 
     @classmethod
     def build(
@@ -76,8 +76,13 @@ class AttentionMetadata:
         )
 
 
-def store_kv(kv: Tensor, cache: Tensor, meta: AttentionMetadata) -> None:
+def store_kv(kv: Tensor, cache: LayerCache, meta: AttentionMetadata) -> None:
     """Write the new tokens' keys and values, kv [T, 2 * Hkv, D], into their slots."""
+    if isinstance(cache, QuantizedKV):
+        assert kv.shape[1:] == (2 * cache.num_kv_heads, cache.head_dim)
+        assert cache.block_size == meta.block_size
+        cache.store(kv, _store_rows(meta, 1)[:, 0])  # of one head: the slots
+        return
     assert cache.shape[1:] == (kv.shape[1], meta.block_size, kv.shape[2])
     assert len(kv) == len(meta.slot_mapping)
     native = library_for(kv)
@@ -102,21 +107,20 @@ def paged_attention(
     """q [T, Hq, D] -> [T, Hq, D]; the step's own keys and values are stored already."""
     if isinstance(meta, GpuStep):
         return _paged_attention_gpu(q, cache, meta, scale, window)
-    assert isinstance(cache, Tensor)
     num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads = cache.shape[1] // 2
+    num_kv_heads, stored_dim = heads_of(cache)
     assert num_heads % num_kv_heads == 0
-    assert head_dim == cache.shape[3]
+    assert head_dim == stored_dim
     grouped = q.view(num_tokens, num_kv_heads, -1, head_dim)  # [T, Hkv, G, D]
     out = grouped.new_empty(grouped.shape)
     if meta.num_decodes:
         decodes = grouped[: meta.num_decodes]
-        if is_native(q, cache):
+        if isinstance(cache, Tensor) and is_native(q, cache):
             _attend_decodes_native(decodes, cache, meta, scale, window, out)
         else:
-            plan = _decode_plan(meta, cache, window)
+            plan = _decode_plan(meta, grouped, window)
             _attend_decodes(decodes, cache, plan, scale, out)
-    for tile in _prefill_tiles(meta, cache, window):
+    for tile in _prefill_tiles(meta, grouped, window):
         queries = slice(tile.first, tile.last)
         out[queries] = _attend_tile(grouped[queries], cache, tile.keys, scale)
     return out.view(q.shape)
@@ -137,7 +141,9 @@ def _paged_attention_gpu(
     return out
 
 
-def _attend_decodes(q: Tensor, cache: Tensor, plan: DecodePlan, scale: float, out: Tensor) -> None:
+def _attend_decodes(
+    q: Tensor, cache: LayerCache, plan: DecodePlan, scale: float, out: Tensor
+) -> None:
     """One query of each sequence, q [S, Hkv, G, D]: G heads are the rows of one product."""
     rows, results = q, out
     if plan.order is not None:
@@ -178,7 +184,7 @@ def _attend_decodes_native(
     )  # fmt: skip
 
 
-def _attend_tile(q: Tensor, cache: Tensor, keys: KeyBlocks, scale: float) -> Tensor:
+def _attend_tile(q: Tensor, cache: LayerCache, keys: KeyBlocks, scale: float) -> Tensor:
     """Queries of one sequence, q [queries, Hkv, G, D]: key heads are the batch, G the heads."""
     _, num_kv_heads, group_size, head_dim = q.shape
     shape = (num_kv_heads, group_size, keys.num_keys, head_dim)
@@ -191,11 +197,15 @@ def _attend_tile(q: Tensor, cache: Tensor, keys: KeyBlocks, scale: float) -> Ten
 
 @dataclass(frozen=True, slots=True)
 class _Derived:
-    """By number of heads in a block, and by window. The caches of all layers have one shape."""
+    """By number of heads in a block, by window, by RotaryTable (kernels/rope.py).
+
+    The caches of all layers have one shape.
+    """
 
     store_rows: dict[int, Tensor]
     decode_plans: dict[int | None, DecodePlan]
     prefill_tiles: dict[int | None, list[PrefillTile]]
+    angles: dict[object, tuple[Tensor, Tensor]]
 
 
 def _store_rows(meta: AttentionMetadata, num_heads: int) -> Tensor:
@@ -208,19 +218,19 @@ def _store_rows(meta: AttentionMetadata, num_heads: int) -> Tensor:
     return known[num_heads]
 
 
-def _decode_plan(meta: AttentionMetadata, cache: Tensor, window: int | None) -> DecodePlan:
+def _decode_plan(meta: AttentionMetadata, q: Tensor, window: int | None) -> DecodePlan:
     known = meta.derived.decode_plans
     if window not in known:
         rows = slice(meta.num_decodes)
-        planner = _planner(meta, cache, window)
+        planner = _planner(meta, q, window)
         known[window] = planner.decodes(meta.context_lens[rows], meta.block_tables[rows])
     return known[window]
 
 
-def _prefill_tiles(meta: AttentionMetadata, cache: Tensor, window: int | None) -> list[PrefillTile]:
+def _prefill_tiles(meta: AttentionMetadata, q: Tensor, window: int | None) -> list[PrefillTile]:
     known = meta.derived.prefill_tiles
     if window not in known:
-        planner, starts = _planner(meta, cache, window), meta.query_start_loc.tolist()
+        planner, starts = _planner(meta, q, window), meta.query_start_loc.tolist()
         known[window] = [
             tile
             for seq in range(meta.num_decodes, len(meta.context_lens))
@@ -234,12 +244,13 @@ def _prefill_tiles(meta: AttentionMetadata, cache: Tensor, window: int | None) -
     return known[window]
 
 
-def _planner(meta: AttentionMetadata, cache: Tensor, window: int | None) -> Planner:
+def _planner(meta: AttentionMetadata, q: Tensor, window: int | None) -> Planner:
+    """For queries [T, Hkv, G, D]."""
     return Planner(
         block_size=meta.block_size,
-        num_kv_heads=cache.shape[1] // 2,
-        head_dim=cache.shape[3],
-        dtype=cache.dtype,
+        num_kv_heads=q.shape[1],
+        head_dim=q.shape[3],
+        dtype=q.dtype,
         device=meta.device,
         window=window,
     )

@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.kv_layout import LayerCache, QuantizedKV
+
 Int32Array = NDArray[np.int32]
 IntArray = NDArray[np.int64]
 
@@ -34,8 +36,16 @@ class KeyBlocks:
     num_keys: int
     mask: Tensor  # 0 or -inf; [R, 1, 1, num_keys] or [queries, num_keys]
 
-    def gather(self, cache: Tensor) -> tuple[Tensor, Tensor]:
-        """cache [num_blocks, 2 * Hkv, block_size, D] -> keys, values [R, Hkv, num_keys, D]."""
+    def gather(self, cache: LayerCache) -> tuple[Tensor, Tensor]:
+        """cache [num_blocks, 2 * Hkv, block_size, D] -> keys, values [R, Hkv, num_keys, D].
+
+        Those of a quantised cache come in the mask's dtype.
+        """
+        if isinstance(cache, QuantizedKV):
+            first_heads = self.rows.view(self.num_seqs, 2 * self.num_kv_heads, -1)[:, 0]
+            blocks = first_heads // (2 * self.num_kv_heads)
+            keys, values = cache.gather(blocks, self.mask.dtype)
+            return keys[:, :, : self.num_keys], values[:, :, : self.num_keys]
         blocks = cache.view(-1, cache.shape[2] * cache.shape[3]).index_select(0, self.rows)
         shape = (self.num_seqs, self.num_kv_heads, 2, -1, cache.shape[3])
         keys, values = blocks.view(shape)[:, :, :, : self.num_keys].unbind(2)

@@ -4,16 +4,27 @@
 Error of y against float64 arithmetic, relative to its norm: bf16 0.4 %, of which the output's
 rounding is 0.2; with int8_activations about 0.7 % on a CPU with AMX and 1.3 % on others; float32
 computes with the dequantised values and is the exact mode. Times: benchmarks/cpu_linears.py.
+
+A GPU multiplies up to MAX_KERNEL_ROWS rows by the packed weight, and more after dequantising it;
+a weight whose groups its kernels cannot take is kept dequantised.
 """
 
+from typing import Literal, overload
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.activation import silu_mul
 from kernels.cpu import library
 from kernels.cpu.int4 import GROUP_SIZES, AmxInt4Weight, amx_int4_linear, pack_amx_int4
+from kernels.gpu import interpreted
+from kernels.gpu.w4a16_pack import W4A16Weight, is_packable, pack_w4a16
+from kernels.gpu.w4a16_tiles import MAX_KERNEL_ROWS
 from kernels.int4_aten import AtenInt4Weight, aten_int4_linear, pack_aten_int4
+from kernels.partials import Partials
 
-Int4Weight = AmxInt4Weight | AtenInt4Weight
+Int4Weight = AmxInt4Weight | AtenInt4Weight | W4A16Weight
 
 
 def pack_int4(
@@ -23,23 +34,74 @@ def pack_int4(
     dtype: torch.dtype,
     device: str,
     int8_activations: bool = False,
+    input_order: Tensor | None = None,
 ) -> Int4Weight:
     """q uint8 [K, N], zeros uint8 [K/g, N], scales [K/g, N] -> what `int4_linear` multiplies by.
 
     `int8_activations` has no effect in float32 (exact) and where no int8 kernel exists.
+    `input_order` int64 [K], on GPUs: input k of q is the layer's input input_order[k].
     """
     group_size = q.shape[0] // scales.shape[0]
     assert q.shape == (group_size * scales.shape[0], scales.shape[1])
     assert zeros.shape == scales.shape
+    on_gpu = torch.device(device).type == "cuda" or interpreted()
+    if on_gpu and is_packable(q.shape[0], group_size):
+        return pack_w4a16(q, zeros, scales, dtype, device, input_order)
+    assert input_order is None
     tiled = device == "cpu" and dtype == torch.bfloat16 and group_size in GROUP_SIZES
     if tiled and library() is not None:
         return pack_amx_int4(q, zeros, scales, int8_activations)
     return pack_aten_int4(q, zeros, scales, dtype, device, int8_activations)
 
 
-def int4_linear(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
-    """x [M, K] -> [M, N] in x's dtype."""
+@overload
+def int4_linear(
+    x: Tensor, weight: Int4Weight, bias: Tensor | None, partial: Literal[False] = False
+) -> Tensor: ...
+
+
+@overload
+def int4_linear(
+    x: Tensor, weight: Int4Weight, bias: Tensor | None, partial: bool
+) -> Tensor | Partials: ...
+
+
+def int4_linear(
+    x: Tensor, weight: Int4Weight, bias: Tensor | None, partial: bool = False
+) -> Tensor | Partials:
+    """x [M, K] -> [M, N] in x's dtype. `partial`: Partials will do as well."""
     assert x.shape[1] == weight.shape[1]
+    if isinstance(weight, W4A16Weight):
+        return _w4a16(x, weight, bias, partial)
     if isinstance(weight, AmxInt4Weight):
         return amx_int4_linear(x, weight, bias)
     return aten_int4_linear(x, weight, bias)
+
+
+def int4_silu_mul(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
+    """x [M, K], outputs of `weight` gate's and then up's -> silu(gate) * up, [M, N/2]."""
+    if isinstance(weight, W4A16Weight) and len(x) <= MAX_KERNEL_ROWS:
+        from kernels.gpu.w4a16 import is_gated_best, w4a16_silu_mul
+
+        if is_gated_best(x, weight):
+            return w4a16_silu_mul(_in_order(x, weight), weight, bias)
+    return silu_mul(int4_linear(x, weight, bias, partial=True))
+
+
+def _w4a16(x: Tensor, weight: W4A16Weight, bias: Tensor | None, partial: bool) -> Tensor | Partials:
+    from kernels.gpu.w4a16 import w4a16_linear
+    from kernels.gpu.w4a16_dequantise import dequantise
+
+    x = _in_order(x, weight)
+    if len(x) > MAX_KERNEL_ROWS:
+        return F.linear(x, dequantise(weight), bias)
+    return w4a16_linear(x, weight, bias, partial)
+
+
+def _in_order(x: Tensor, weight: W4A16Weight) -> Tensor:
+    """x by the weight's order of inputs.
+
+    A pass of its own over x, which is small where weights matter: gathered inside the product, its
+    columns could not be copied 16 bytes at a time.
+    """
+    return x if weight.input_order is None else x.index_select(1, weight.input_order)

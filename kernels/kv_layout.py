@@ -22,10 +22,12 @@ high nibble, F = D / 2 rounded up to a multiple of 16.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 POLICIES = (0, 4, 8, 16)
+RUN = 16  # elements: what head dims and block sizes of quantised caches are multiples of
 FP8_MAX = 448.0
 _LEAST_SCALE = 2.0**-24  # the smallest float16 above 0
 
@@ -40,6 +42,34 @@ class QuantizedKV:
     policy: int
     head_dim: int
 
+    @classmethod
+    def allocate(
+        cls,
+        num_blocks: int,
+        num_kv_heads: int,
+        block_size: int,
+        head_dim: int,
+        policy: int,
+        device: str,
+    ) -> "QuantizedKV":
+        """Zeroed: a slot that was never written gives zeros."""
+        assert policy in POLICIES[1:]
+        assert block_size % RUN == 0
+        assert head_dim % RUN == 0
+        features = features_per_token(head_dim, policy)
+        lead = num_blocks, num_kv_heads
+        return cls(
+            k=lazy_zeros((*lead, block_size, features // 4), torch.int32, device),
+            v=lazy_zeros((*lead, block_size // 4, features), torch.int32, device),
+            params=lazy_zeros((num_blocks, 2 * num_kv_heads, block_size), torch.int32, device),
+            policy=policy,
+            head_dim=head_dim,
+        )
+
+    @property
+    def num_blocks(self) -> int:
+        return self.k.shape[0]
+
     @property
     def num_kv_heads(self) -> int:
         return self.k.shape[1]
@@ -48,15 +78,72 @@ class QuantizedKV:
     def block_size(self) -> int:
         return self.k.shape[2]
 
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes + self.params.nbytes
+
+    def store(self, kv: Tensor, slots: Tensor) -> None:
+        """Quantise the keys and values of T tokens, kv [T, 2 * Hkv, D], into slots int64 [T]."""
+        num_heads = self.num_kv_heads
+        u, params = quantize_kv(kv, self.policy)
+        values = join_nibbles(u) if self.policy == 4 else u
+        keys, values = values[:, :num_heads], values[:, num_heads:]  # [T, Hkv, F]
+        blocks = slots[:, None] // self.block_size
+        offsets = slots[:, None] % self.block_size
+        heads = torch.arange(2 * num_heads, device=slots.device)
+        rows = (blocks * num_heads + heads[:num_heads]) * self.block_size + offsets
+        self.k.view(-1, self.k.shape[3])[rows] = k_words(keys)
+        # One byte of a word per token: its neighbours in time own the others.
+        by_byte = self.v.view(torch.uint8).view(-1, values.shape[2], 4).transpose(1, 2)
+        words, places = place_in_words(rows)
+        by_byte[words, places] = values
+        rows = (blocks * 2 * num_heads + heads) * self.block_size + offsets
+        self.params.view(-1)[rows] = params.contiguous().view(torch.int32).squeeze(-1)
+
+    def gather(self, blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """blocks int64 [R, B] -> keys and values [R, Hkv, B * block_size, D], dequantised."""
+        params = self.params[blocks].unsqueeze(-1).view(torch.float16)
+        keys = self._dequantize(k_bytes(self.k[blocks]), params[:, :, : self.num_kv_heads])
+        values = self._dequantize(v_bytes(self.v[blocks]), params[:, :, self.num_kv_heads :])
+        return _by_head(keys.to(dtype)), _by_head(values.to(dtype))
+
+    def _dequantize(self, values: Tensor, params: Tensor) -> Tensor:
+        u = split_nibbles(values, self.head_dim) if self.policy == 4 else values
+        return dequantize_kv(u, params, self.policy)
+
 
 LayerCache = Tensor | QuantizedKV
+
+
+def heads_of(cache: LayerCache) -> tuple[int, int]:
+    """Hkv and D."""
+    if isinstance(cache, QuantizedKV):
+        return cache.num_kv_heads, cache.head_dim
+    return cache.shape[1] // 2, cache.shape[3]
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    """Zeros whose memory is not touched yet, on a CPU.
+
+    calloc: pages become resident when a block is first used. torch.zeros writes them all at
+    once: for a 2 GiB cache 1 to 5 s (2 cores), and the memory even while nothing runs.
+    """
+    if device != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = int(np.prod(shape)) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
+
+
+def bytes_per_token(head_dim: int, policy: int) -> int:
+    """Of one head's key and value, with their scales and zeros."""
+    return 2 * (features_per_token(head_dim, policy) + 4)
 
 
 def features_per_token(head_dim: int, policy: int) -> int:
     """F: bytes that a token's keys (or values) of one head take."""
     if policy != 4:
         return head_dim
-    return -(-head_dim // 32) * 16
+    return -(-head_dim // (2 * RUN)) * RUN
 
 
 def quantize_kv(x: Tensor, policy: int) -> tuple[Tensor, Tensor]:
@@ -108,6 +195,12 @@ def k_bytes(words: Tensor) -> Tensor:
     return runs.transpose(-3, -2).reshape(*lead, num_words * 4)
 
 
+def place_in_words(elements: Tensor) -> tuple[Tensor, Tensor]:
+    """The words and the bytes in them where elements of a run of runs lie; int64 all."""
+    words = elements // RUN * 4 + elements % 8 // 2
+    return words, elements // 8 % 2 * 2 + elements % 2
+
+
 def v_words(values: Tensor) -> Tensor:
     """Bytes [..., tokens, F] -> words int32 [..., tokens / 4, F]."""
     *lead, tokens, f = values.shape
@@ -122,3 +215,8 @@ def v_bytes(words: Tensor) -> Tensor:
     runs = words.contiguous().view(torch.uint8).view(*lead, rows // 4, 4, f, 2, 2)
     runs = runs.movedim((-2, -1), (-4, -2))  # run, half, lane, pair, feature
     return runs.reshape(*lead, rows * 4, f)
+
+
+def _by_head(x: Tensor) -> Tensor:
+    """[R, B, Hkv, block_size, D] -> [R, Hkv, B * block_size, D]."""
+    return x.transpose(1, 2).flatten(2, 3)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.cpu import check_dense, library_for
+from kernels.gpu import on_gpu
+from kernels.partials import Partials, summed
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -32,12 +34,20 @@ def head_rms_norm_(x: Tensor, weight: Tensor, eps: float) -> None:
     )  # fmt: skip
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(x + residual), x + residual), both [T, H]."""
+def add_rms_norm(
+    x: Tensor | Partials, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual), both [T, H]; without a residual x is the sum."""
+    if on_gpu(weight):
+        from kernels.gpu.norm import add_rms_norm as add_rms_norm_on_gpu
+
+        return add_rms_norm_on_gpu(x, residual, weight, eps)
+    x = summed(x)
     native = library_for(x)
     if native is None:
-        residual = x + residual
+        residual = x if residual is None else x + residual
         return rms_norm(residual, weight, eps), residual
+    residual = torch.zeros_like(x) if residual is None else residual
     assert x.is_contiguous()
     check_dense(residual, x.shape)
     check_dense(weight, x.shape[1:])

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.gpu import on_gpu
+
 
 @dataclass(frozen=True, slots=True)
 class Partials:
@@ -20,5 +22,13 @@ class Partials:
 
     def sum(self) -> Tensor:
         """[M, N]; for consumers that cannot sum by themselves, as a reduction over ranks."""
+        if on_gpu(self.data):
+            from kernels.gpu.partials import sum_partials
+
+            return sum_partials(self)
         total = self.data.sum(0)
         return (total if self.bias is None else total + self.bias.float()).to(self.dtype)
+
+
+def summed(x: Tensor | Partials) -> Tensor:
+    return x.sum() if isinstance(x, Partials) else x

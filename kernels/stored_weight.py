@@ -14,11 +14,12 @@ from torch import Tensor
 from kernels import cpu
 from kernels.cpu.int4 import AmxInt4Weight
 from kernels.dense_linear import DenseWeight, multiplies_bf16
+from kernels.gpu.w4a16_pack import W4A16Weight
 from kernels.int4_aten import AtenInt4Weight, FewRows
 from kernels.int8_linear import Int8Weight
 from kernels.opaque import is_opaque, opaque_bytes, opaque_tensor
 
-Weight: TypeAlias = DenseWeight | AmxInt4Weight | AtenInt4Weight | Int8Weight
+Weight: TypeAlias = DenseWeight | AmxInt4Weight | AtenInt4Weight | W4A16Weight | Int8Weight
 Form: TypeAlias = Any  # JSON
 
 # Raised with every change of a layout: of what a packed weight's bytes mean.
@@ -26,7 +27,7 @@ PACKING_VERSION = 1
 
 _CLASSES = {
     kind.__name__: kind
-    for kind in (DenseWeight, AmxInt4Weight, AtenInt4Weight, FewRows, Int8Weight)
+    for kind in (DenseWeight, AmxInt4Weight, AtenInt4Weight, W4A16Weight, FewRows, Int8Weight)
 }
 
 

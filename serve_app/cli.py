@@ -41,6 +41,10 @@ ModelArgument = Annotated[
 DeviceOption = Annotated[Device | None, typer.Option(help="Where the model runs.")]
 DTypeOption = Annotated[DType | None, typer.Option(help="Of activations and KV cache.")]
 SessionLenOption = Annotated[int | None, typer.Option(help="Longest prompt and answer, in tokens.")]
+QuantPolicyOption = Annotated[
+    int | None,
+    typer.Option(help="KV cache: 0: as computed; 8, 4: so many bits; 16: fp8, as LMDeploy counts."),
+]
 
 
 @app.command()
@@ -80,6 +84,7 @@ def serve(
     device: DeviceOption = None,
     dtype: DTypeOption = None,
     session_len: SessionLenOption = None,
+    quant_policy: QuantPolicyOption = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences running at once.")] = None,
     cache_max_entry_count: Annotated[
         str | None,
@@ -118,6 +123,7 @@ def serve(
             device=device,
             dtype=dtype,
             session_len=session_len,
+            quant_policy=quant_policy,
             max_num_seqs=max_num_seqs,
             cache_max_entry_count=_number(cache_max_entry_count),
         )
@@ -145,6 +151,7 @@ def chat(
     device: DeviceOption = None,
     dtype: DTypeOption = None,
     session_len: SessionLenOption = None,
+    quant_policy: QuantPolicyOption = None,
 ) -> None:
     """Talk to MODEL in the terminal, without a server."""
     with _errors():
@@ -152,7 +159,12 @@ def chat(
         from engine import LLM, SamplingParams
         from serve_app.chat import chat as run_chat
 
-        given = {"device": device, "dtype": dtype, "session_len": session_len}
+        given = {
+            "device": device,
+            "dtype": dtype,
+            "session_len": session_len,
+            "quant_policy": quant_policy,
+        }
         llm = LLM(path, **{key: value for key, value in given.items() if value is not None})
         params: dict[str, Any] = dict(llm.tokenizer.sampling_defaults)
         wanted = {"temperature": temperature, "max_tokens": max_tokens}
@@ -177,15 +189,13 @@ def plan(
         float | None, typer.Option(min=1, help="Of that memory, in GB/s: bounds the tokens/s.")
     ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Plan for a machine without GPUs.")] = False,
-    int4: Annotated[
-        bool, typer.Option("--int4", help="Count on packed int4 weights on GPUs, not there yet.")
-    ] = False,
     config: Annotated[
         Path | None, typer.Option(help="Engine config (YAML); the options here win over it.")
     ] = None,
     pp: Annotated[int | None, typer.Option(min=1, help="Stages of consecutive layers.")] = None,
     dtype: DTypeOption = None,
     session_len: SessionLenOption = None,
+    quant_policy: QuantPolicyOption = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences running at once.")] = None,
     cache_max_entry_count: Annotated[
         str | None, typer.Option(help="Share of the free memory for the KV cache, or blocks.")
@@ -199,11 +209,12 @@ def plan(
     with _errors():
         from serve_app.plan_command import Wanted, run_plan
 
-        wanted = Wanted(gpu, gpus, memory, bandwidth, cpu, int4)
+        wanted = Wanted(gpu, gpus, memory, bandwidth, cpu)
         settings = {
             "pp": pp,
             "dtype": dtype,
             "session_len": session_len,
+            "quant_policy": quant_policy,
             "max_num_seqs": max_num_seqs,
             "cache_max_entry_count": _number(cache_max_entry_count),
         }

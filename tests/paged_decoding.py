@@ -29,6 +29,7 @@ class PagedDecoder:
         session_len: int | None = None,
         int8_activations: bool = False,
         cache: WeightCache | None = None,
+        quant_policy: int = 0,
     ) -> None:
         group = group or ParallelGroup()
         self.spec = load_spec(path)
@@ -42,8 +43,15 @@ class PagedDecoder:
             int8_activations=int8_activations,
             cache=cache,
         )
+        self._block_size = 16 if quant_policy else BLOCK_SIZE
         self.kv_cache = KVCache.allocate(
-            self.spec, NUM_BLOCKS, BLOCK_SIZE, dtype, "cpu", group.size
+            self.spec,
+            NUM_BLOCKS,
+            self._block_size,
+            dtype,
+            "cpu",
+            group.size,
+            quant_policy=quant_policy,
         )
         self._free = list(np.random.default_rng(0).permutation(NUM_BLOCKS))
         self._tables: list[list[int]] = []
@@ -51,7 +59,7 @@ class PagedDecoder:
 
     def add(self, max_len: int) -> int:
         """Blocks for a new sequence of at most `max_len` tokens; returns its number."""
-        num_blocks = -(-max_len // BLOCK_SIZE)
+        num_blocks = -(-max_len // self._block_size)
         self._tables.append([int(self._free.pop()) for _ in range(num_blocks)])
         self._lengths.append(0)
         return len(self._tables) - 1
@@ -64,14 +72,14 @@ class PagedDecoder:
         counts = [len(tokens) for _, tokens in work]
         starts = [self._lengths[number] for number, _ in work]
         width = max(len(self._tables[number]) for number, _ in work)
-        tables = np.zeros((len(work), width), dtype=np.int32)
+        tables, size = np.zeros((len(work), width), dtype=np.int32), self._block_size
         slots: list[int] = []
         positions: list[int] = []
         for row, (number, tokens) in enumerate(work):
             table = self._tables[number]
             tables[row, : len(table)] = table
             for position in range(starts[row], starts[row] + len(tokens)):
-                slots.append(table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
+                slots.append(table[position // size] * size + position % size)
                 positions.append(position)
             self._lengths[number] += len(tokens)
         meta = AttentionMetadata.build(
@@ -82,7 +90,7 @@ class PagedDecoder:
             tables,
             np.array(slots, dtype=np.int32),
             sum(count == 1 for count in counts),
-            BLOCK_SIZE,
+            size,
             "cpu",
         )
         input_ids = torch.tensor([token for _, tokens in work for token in tokens])
@@ -134,6 +142,7 @@ class Replay:
     prompt: list[int]
     output: list[int]
     cache: Path | None = None
+    quant_policy: int = 0
 
 
 def replay_rank(rank: int, address: str, out: Path, jobs: Sequence[Replay]) -> None:
@@ -149,4 +158,6 @@ def replay_rank(rank: int, address: str, out: Path, jobs: Sequence[Replay]) -> N
 
 def _replay(job: Replay, group: ParallelGroup) -> Tensor | None:
     cache = None if job.cache is None else WeightCache(job.cache, 1 << 30)
-    return PagedDecoder(job.path, job.dtype, group, cache=cache).replay(job.prompt, job.output)
+    policy = job.quant_policy
+    decoder = PagedDecoder(job.path, job.dtype, group, cache=cache, quant_policy=policy)
+    return decoder.replay(job.prompt, job.output)

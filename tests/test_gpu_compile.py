@@ -18,10 +18,10 @@ from kernels.gpu.compile import (
     compile_case,
     compiling,
     jobs,
-    main_loop,
     modules,
     table,
 )
+from kernels.gpu.sass import main_loop
 from tests.spilling_kernel import case
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
@@ -58,10 +58,10 @@ def test_kernels_compile_lean(module: str, capability: int, results: Results) ->
             faults.append(f"{job.label}: {found.shared} bytes of shared memory")
         if expected is None:
             continue
-        if job.label not in expected:
+        if job.name not in expected:
             faults.append(f"{job.label}: not in the table; {MEND}")
             continue
-        before = expected[job.label]["per_element"]
+        before = expected[job.name]["per_element"]
         if abs(found.per_element - before) > TOLERANCE * before:
             faults.append(
                 f"{job.label}: {found.per_element} instructions per element, the table has "
@@ -74,9 +74,9 @@ def test_the_table_knows_this_triton() -> None:
     versions = table()
     if triton.__version__ not in versions:
         pytest.skip(f"no instructions for Triton {triton.__version__}; {MEND}")
-    labels = {(str(job.capability), job.label) for module in modules() for job in jobs(module)}
-    listed = {(c, label) for c, rows in versions[triton.__version__].items() for label in rows}
-    assert listed == labels, MEND
+    known = {(str(job.capability), job.name) for module in modules() for job in jobs(module)}
+    listed = {(c, name) for c, rows in versions[triton.__version__].items() for name in rows}
+    assert listed == known, MEND
 
 
 def test_a_spill_and_its_cost_show() -> None:

@@ -12,15 +12,18 @@ from torch import Tensor
 
 from engine.kv_cache import KVCache
 from engine.models.linear import (
+    GatedLinear,
     Linear,
     RowParallelLinear,
     VocabParallelEmbedding,
     VocabParallelHead,
 )
-from kernels.activation import silu_mul
-from kernels.attention import AttentionMetadata, paged_attention, store_kv
-from kernels.norm import add_rms_norm, head_rms_norm_
-from kernels.rope import apply_rope_
+from kernels.attention import AttentionMetadata, paged_attention
+from kernels.gpu.step import GpuStep
+from kernels.kv_layout import LayerCache
+from kernels.norm import add_rms_norm
+from kernels.partials import Partials, summed
+from kernels.rope import RotaryTable, rope_and_store
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,31 +42,36 @@ class Attention:
     def __call__(
         self,
         hidden: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        meta: AttentionMetadata,
-        cache: Tensor,
-    ) -> Tensor:
-        heads, kv_heads = self.num_heads, self.num_kv_heads
-        qkv = self.qkv(hidden).view(-1, heads + 2 * kv_heads, self.head_dim)
-        qk = qkv[:, : heads + kv_heads]
-        if self.qk_norm is not None:
-            head_rms_norm_(qk, self.qk_norm, self.eps)
-        apply_rope_(qk, *rotary)
-        q, kv = qkv.split_with_sizes((heads, 2 * kv_heads), dim=1)
-        store_kv(kv, cache, meta)
+        rotary: RotaryTable,
+        positions: Tensor,
+        meta: AttentionMetadata | GpuStep,
+        cache: LayerCache,
+    ) -> Tensor | Partials:
+        q = rope_and_store(
+            self.qkv(hidden, partial=True),
+            self.qk_norm,
+            self.eps,
+            rotary,
+            positions,
+            cache,
+            meta,
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+        )
         attended = paged_attention(q, cache, meta, self.head_dim**-0.5, self.window)
-        return self.o(attended.view(-1, heads * self.head_dim))
+        return self.o(attended.view(-1, self.num_heads * self.head_dim))
 
 
 @dataclass(frozen=True, slots=True)
 class MLP:
     """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
 
-    gate_up: Linear
+    gate_up: GatedLinear
     down: RowParallelLinear
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        return self.down(silu_mul(self.gate_up(hidden)))
+    def __call__(self, hidden: Tensor) -> Tensor | Partials:
+        return self.down(self.gate_up(hidden))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +93,7 @@ class Decoder:
     layers: tuple[DecoderLayer, ...]
     norm: Tensor | None  # [H]
     head: VocabParallelHead | None
-    cos: Tensor  # [session_len, D]
-    sin: Tensor  # with the sign that `apply_rope` wants
+    rotary: RotaryTable
     eps: float
 
     @torch.inference_mode()
@@ -94,28 +101,28 @@ class Decoder:
         self,
         inputs: Tensor,
         positions: Tensor,
-        meta: AttentionMetadata,
+        meta: AttentionMetadata | GpuStep,
         kv_cache: KVCache,
     ) -> Tensor:
-        """Token ids int64 [T] -> hidden [T, H], normalised; fills the KV cache.
+        """Token ids [T] -> hidden [T, H], normalised; fills the KV cache.
 
         Further stages take the hidden [T, H] of the one before, which only the last one
-        normalises. positions int64 [T].
+        normalises. Ids and positions [T] are int64, in a GpuStep int32.
         """
-        rotary = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
-        hidden = inputs if self.embed is None else self.embed(inputs)
-        residual = torch.zeros_like(hidden)
+        added: Tensor | Partials = inputs if self.embed is None else self.embed(inputs)
+        residual: Tensor | None = None
         for layer, cache in zip(self.layers, kv_cache.layers, strict=True):
-            hidden, residual = add_rms_norm(hidden, residual, layer.input_norm, self.eps)
-            hidden = layer.attention(hidden, rotary, meta, cache)
-            hidden, residual = add_rms_norm(hidden, residual, layer.post_attention_norm, self.eps)
-            hidden = layer.mlp(hidden)
+            hidden, residual = add_rms_norm(added, residual, layer.input_norm, self.eps)
+            added = layer.attention(hidden, self.rotary, positions, meta, cache)
+            hidden, residual = add_rms_norm(added, residual, layer.post_attention_norm, self.eps)
+            added = layer.mlp(hidden)
+        assert residual is not None, "a stage has layers"
         if self.norm is None:
-            return hidden.add_(residual)
-        return add_rms_norm(hidden, residual, self.norm, self.eps)[0]
+            return residual + summed(added)
+        return add_rms_norm(added, residual, self.norm, self.eps)[0]
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor | None:
-        """hidden [L, H] of the last stage -> float32 [L, V] on its rank 0, None on the others."""
+        """hidden [L, H] of the last stage -> [L, V] on its rank 0, None on the others."""
         assert self.head is not None, "the last stage has the head"
         return self.head(hidden)

@@ -18,6 +18,7 @@ from engine.errors import CheckpointError
 from engine.models.decoder import MLP, Attention, Decoder, DecoderLayer
 from engine.models.layout import HARMLESS, expected_tensors
 from engine.models.linear import (
+    GatedLinear,
     Linear,
     RowParallelLinear,
     VocabParallelEmbedding,
@@ -33,7 +34,7 @@ from engine.weights.checkpoint import Checkpoint
 from engine.weights.origin import Origin, weights_fingerprint
 from engine.weights.packed_file import Packed
 from kernels.dense_linear import DenseWeight
-from kernels.rope import signed_sin
+from kernels.rope import RotaryTable, signed_sin
 from kernels.stored_weight import Weight, layouts
 
 
@@ -151,8 +152,7 @@ class _Builder:
             layers=tuple(self._layer(i, session_len) for i in shard.layers),
             norm=self._tensor("norm") if shard.is_last else None,
             head=self._head() if shard.is_last else None,
-            cos=cos,
-            sin=signed_sin(sin),
+            rotary=RotaryTable(cos, signed_sin(sin)),
             eps=spec.rms_norm_eps,
         )
 
@@ -174,7 +174,7 @@ class _Builder:
             attention=self._attention(index, session_len),
             post_attention_norm=self._tensor(f"{name}.post_attention_norm"),
             mlp=MLP(
-                gate_up=self._linear(f"{name}.gate_up"),
+                gate_up=GatedLinear(self._linear(f"{name}.gate_up")),
                 down=self._row_parallel(f"{name}.down"),
             ),
         )

@@ -1,0 +1,1 @@
+"""Measurements and checks of the kernels and of the engine on one NVIDIA GPU."""

@@ -1,0 +1,109 @@
+"""The engine on a random Llama-3-8B: decode steps, prompts and the GPU's idle share."""
+
+import statistics
+import time
+from functools import partial
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.gpu.bench import Bench, Report
+from benchmarks.gpu.engines import Streams, generate, random_engine, random_prompts
+from benchmarks.gpu.floors import step_floor
+from engine.engine import Engine
+
+WARM_STEPS = 8
+PROFILED_STEPS = 8
+# Gaps between kernels of one graph are shorter; longer ones are waits for the host.
+WAIT_US = 5.0
+
+
+def measure(bench: Bench, name: str, int4: bool, policy: int) -> None:
+    """One engine, into the section under `name`."""
+    plan, report = bench.plan, bench.section.setdefault(name, {})
+    started = time.perf_counter()
+    settings: dict[str, Any] = {
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "quant_policy": policy,
+        "max_num_seqs": max(plan.streams),
+        "session_len": plan.model.max_position_embeddings,
+    }
+    if plan.on_gpu:
+        settings["session_len"] = 2 * plan.context
+    else:
+        settings["cache_max_entry_count"] = 8
+    with random_engine(plan.model, int4, **settings) as engine:
+        report["start_s"] = round(time.perf_counter() - started, 1)
+        report["num_blocks"] = engine.info.num_blocks
+        if plan.on_gpu:  # what the first prompt costs once
+            generate(engine, random_prompts(2, plan.context, plan.model.vocab_size), 4)
+        bench.save()
+        if policy == 0:
+            bench.attempt(f"{name} prompts", partial(_time_prompts, bench, engine, report))
+        decode: Report = report.setdefault("decode", {})
+        for streams in plan.streams:
+            label = f"{name} {streams} streams"
+            row = bench.attempt(label, partial(_time_decode, bench, engine, streams))
+            if row is not None:
+                row["floor_us"] = step_floor(bench, int4, policy, streams, row["context"]).us
+                decode[str(streams)] = row
+            bench.save()
+
+
+def _time_prompts(bench: Bench, engine: Engine, report: Report) -> None:
+    plan = bench.plan
+    count = 16 if plan.on_gpu else 1
+    prompts = random_prompts(count, plan.context, plan.model.vocab_size)
+    started = time.perf_counter()
+    generate(engine, prompts, 1)
+    report["prefill_tokens_per_s"] = count * plan.context / (time.perf_counter() - started)
+    waits = []
+    for prompt in random_prompts(5 if plan.on_gpu else 1, plan.context, plan.model.vocab_size):
+        started = time.perf_counter()
+        generate(engine, [prompt], 1)
+        waits.append(time.perf_counter() - started)
+    report["ttft_ms"] = statistics.median(waits) * 1e3
+
+
+def _time_decode(bench: Bench, engine: Engine, streams: int) -> Report:
+    """A stream's context passes the plan's in the middle of the steps timed, or a little before:
+    the first streams decode while the last ones' prompts are computed.
+    """
+    plan = bench.plan
+    warm = WARM_STEPS if plan.on_gpu else 1
+    length = plan.context - warm - plan.decode_steps // 2
+    prompts = random_prompts(streams, length, plan.model.vocab_size)
+    num_tokens = plan.context // 2 if plan.on_gpu else 2 * plan.decode_steps + 4
+    running = Streams.start(engine, prompts, num_tokens)
+    running.seconds_per_step(warm)
+    seconds = running.seconds_per_step(plan.decode_steps)
+    row: Report = {
+        "step_us": seconds * 1e6,
+        "tokens_per_s": streams / seconds,
+        "context": running.num_tokens / streams + warm + plan.decode_steps // 2,
+        "prompts_s": running.prefill_s,
+    }
+    if plan.on_gpu:
+        row |= _profile(running)
+    running.stop()
+    return row
+
+
+def _profile(running: Streams) -> Report:
+    """Shares of the time in which no kernel ran, and in which the GPU waited for the host."""
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        running.seconds_per_step(PROFILED_STEPS)
+        torch.cuda.synchronize()
+    events = trace.events() or []
+    spans = sorted((event.time_range.start, event.time_range.end) for event in events)
+    busy, waited, (start, end) = 0.0, 0.0, spans[0]
+    for each_start, each_end in spans[1:]:
+        if each_start > end:
+            busy += end - start
+            waited += each_start - end if each_start - end > WAIT_US else 0.0
+            start = each_start
+        end = max(end, each_end)
+    busy += end - start
+    whole = spans[-1][1] - spans[0][0]
+    return {"idle_share": 1 - busy / whole, "waiting_share": waited / whole}

@@ -1,0 +1,53 @@
+"""The least time that a decode step of a Llama can take: its bytes and FLOPs at measured rates."""
+
+from dataclasses import dataclass
+
+from benchmarks.gpu.bench import Bench
+from benchmarks.random_checkpoint import LlamaShape
+
+SCALE_BYTES = 2  # of a group; a zero point takes half a byte more, as in the checkpoint
+PARAMS_BYTES = 4  # of a quantised token's keys or values of one head
+
+
+@dataclass(frozen=True, slots=True)
+class StepFloor:
+    """Microseconds of each phase; they follow each other."""
+
+    linears: float
+    head: float
+    attention: float
+
+    @property
+    def us(self) -> float:
+        return self.linears + self.head + self.attention
+
+
+def kv_bytes_per_token(shape: LlamaShape, policy: int) -> float:
+    """Of all layers."""
+    values = {0: 2.0, 8: 1.0, 4: 0.5, 16: 1.0}[policy] * shape.head_dim
+    params = PARAMS_BYTES if policy else 0
+    return 2 * shape.num_layers * shape.num_kv_heads * (values + params)
+
+
+def step_floor(bench: Bench, int4: bool, policy: int, streams: int, context: float) -> StepFloor:
+    shape = bench.plan.model
+    num_weights = shape.num_layers * sum(n * k for n, k in shape.linears().values())
+    bytes_per_weight = 0.5 + (SCALE_BYTES + 0.5) / shape.group_size if int4 else 2.0
+    head_weights = shape.vocab_size * shape.hidden_size
+    kv_bytes = streams * context * kv_bytes_per_token(shape, policy)
+    return StepFloor(
+        linears=_phase(bench, num_weights * bytes_per_weight, 2.0 * num_weights * streams),
+        head=_phase(bench, 2.0 * head_weights, 2.0 * head_weights * streams),
+        attention=_phase(bench, kv_bytes, 0.0),
+    )
+
+
+def prefill_floor_us(bench: Bench, num_tokens: int) -> float:
+    """Of the linears, which nearly all of a prompt of 1,000 tokens is."""
+    shape = bench.plan.model
+    num_weights = shape.num_layers * sum(n * k for n, k in shape.linears().values())
+    return _phase(bench, 0.0, 2.0 * num_weights * num_tokens)
+
+
+def _phase(bench: Bench, num_bytes: float, flops: float) -> float:
+    return 1e6 * max(num_bytes / bench.read_rate, flops / bench.matmul_rate)

@@ -1,0 +1,108 @@
+"""The stages in their order, each in a process of its own under a time limit.
+
+A fault or a hang in one does not lose the others: the report is on disk after every step.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.gpu import plan
+from benchmarks.gpu.bench import Report, run_stage
+
+RUN_SECONDS = 525.0  # of the whole run: under nine minutes with what starts and ends it
+GRACE_SECONDS = 10.0  # beyond its limit a stage's process is ended
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A module of this package with run(bench), and its limit."""
+
+    name: str
+    seconds: float
+
+
+STAGES = (
+    Stage("warm_caches", 60),
+    Stage("ceilings", 20),
+    Stage("linear_checks", 40),
+    Stage("attention_checks", 50),
+    Stage("engine_tokens", 60),
+    Stage("linears", 75),
+    Stage("engine_int4", 90),
+    Stage("decode_attention", 45),
+    Stage("sampling", 25),
+    Stage("engine_bf16", 50),
+    Stage("transformers_speed", 60),
+    Stage("prefill_attention", 30),
+    Stage("dependent_launch", 15),
+)
+TUNE = Stage("tune", 480)  # on demand only
+
+
+def run_all(
+    names: Sequence[str], path: Path, rehearse: bool, after_each: Callable[[Report], object]
+) -> Report:
+    """The stages' report. A rehearsal has nothing to protect and takes one process for all."""
+    wanted = [stage for stage in (*STAGES, TUNE) if stage.name in names]
+    if rehearse:
+        _start([stage.name for stage in wanted], path, 600.0, rehearse)
+        return read_report(path)
+    deadline = time.monotonic() + RUN_SECONDS
+    for stage in wanted:
+        left = deadline - time.monotonic() - GRACE_SECONDS
+        if left < GRACE_SECONDS:
+            _note(path, stage.name, "no time left", 0.0)
+            continue
+        print(f"== {stage.name}", flush=True)
+        _start([stage.name], path, min(stage.seconds, left), rehearse)
+        after_each(read_report(path))
+    return read_report(path)
+
+
+def _start(names: list[str], path: Path, seconds: float, rehearse: bool) -> None:
+    flags = ["--json", str(path), "--seconds", str(seconds), "--in-process"]
+    if rehearse:
+        flags.append("--rehearse")
+    command = [sys.executable, "-m", "benchmarks.gpu", *flags, *names]
+    environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    if rehearse:
+        environment |= {"TRITON_INTERPRET": "1"}
+    started = time.monotonic()
+    try:
+        ended = subprocess.run(
+            command, env=environment, timeout=seconds + GRACE_SECONDS, check=False
+        )
+        fate = f"exit code {ended.returncode}" if ended.returncode else ""
+    except subprocess.TimeoutExpired:
+        fate = f"ended after {seconds + GRACE_SECONDS:.0f} s"
+    if fate:
+        unfinished = [n for n in names if read_report(path).get(n, {}).get("ended") != "complete"]
+        for name in unfinished:
+            _note(path, name, fate, time.monotonic() - started)
+
+
+def run_here(names: Sequence[str], path: Path, seconds: float, rehearse: bool) -> None:
+    """In this process, which `run_all` started."""
+    sizes = plan.REHEARSAL if rehearse else plan.GPU
+    for name in names:
+        started = time.monotonic()
+        run_stage(name, sizes, path, seconds - (time.monotonic() - started))
+
+
+def read_report(path: Path) -> Report:
+    report: Report = json.loads(path.read_text()) if path.exists() else {}
+    return report
+
+
+def _note(path: Path, name: str, fate: str, seconds: float) -> None:
+    report = read_report(path)
+    section = report.setdefault(name, {})
+    section |= {"ended": fate, "seconds": round(seconds, 1)}
+    path.write_text(json.dumps(report, indent=1))
+    print(f"  {name}: {fate}", flush=True)

@@ -1,0 +1,110 @@
+"""The short tables of a run, on the screen and for docs/benchmarks.md."""
+
+from pathlib import Path
+
+from benchmarks.gpu.bench import Report
+from benchmarks.gpu.targets import linear_sums, targets
+from benchmarks.record import Table, text
+from benchmarks.record import save as save_record
+from benchmarks.record import show as show_table
+
+
+def show(report: Report) -> None:
+    for table in tables(report):
+        show_table(table)
+
+
+def show_stages(report: Report) -> None:
+    show_table(_stages(report))
+
+
+def tables(report: Report) -> list[Table]:
+    made = [_linears(report), _decode_attention(report), _engine(report), _targets(report)]
+    return [table for table in [*made, _stages(report)] if table.rows]
+
+
+def save(report: Report, folder: Path) -> Path:
+    """A record beside those of the other benchmarks."""
+    device = report.get("ceilings", {}).get("device", {})
+    facts = {key: str(device[key]) for key in ("name", "triton", "cuda") if key in device}
+    return save_record("gpu", "GPU", tables(report), folder, facts)
+
+
+def _stages(report: Report) -> Table:
+    rows: list[list[str | float]] = []
+    notes = []
+    for name, section in report.items():
+        if "ended" not in section:
+            continue
+        checks, errors = section.get("checks", {}), section.get("errors", {})
+        wrong = [label for label, check in checks.items() if not check["ok"]]
+        rows.append([name, section["ended"], f"{section.get('seconds', 0):.0f}", len(checks),
+                     len(wrong), len(errors)])  # fmt: skip
+        notes += [f"{name}: {label} is wrong, {checks[label]['error']:.1e}" for label in wrong[:8]]
+        notes += [
+            f"{name}: {label}: {trace.strip().splitlines()[-1][:150]}"
+            for label, trace in list(errors.items())[:8]
+        ]
+    return Table("Stages", ["stage", "ended", "seconds", "checks", "wrong", "errors"], rows, notes)
+
+
+def _linears(report: Report) -> Table:
+    names = ("floor", "cublas", "tinygemm", "ours", "partial")
+    sums = {name: linear_sums(report, name) for name in names}
+    rows: list[list[str | float]] = [
+        [str(m), *[_cell(sums[name].get(m)) for name in names],
+         _cell(_over(sums["cublas"].get(m), ours))]
+        for m, ours in sorted(sums["ours"].items())
+    ]  # fmt: skip
+    columns = ["M", "floor", "cuBLAS bf16", "tinygemm", "int4", "int4, parts left", "over cuBLAS"]
+    return Table("Int4 linears, four shapes of Llama-3-8B, us", columns, rows)
+
+
+def _decode_attention(report: Report) -> Table:
+    rows: list[list[str | float]] = []
+    for context, kinds in report.get("decode_attention", {}).get("contexts", {}).items():
+        peers = kinds.get("peers") or {}
+        for kind, point in kinds.items():
+            if kind != "peers" and point is not None:
+                rows.append([context, kind, point["us"], point["floor_us"], point["tb_s"]])
+        rows += [[context, f"SDPA {name}", us, "", ""] for name, us in peers.items()]
+    return Table("Decode attention, us", ["context", "kind", "us", "floor", "TB/s"], rows)
+
+
+def _engine(report: Report) -> Table:
+    rows: list[list[str | float]] = []
+    for stage, weights in (("engine_int4", "int4"), ("engine_bf16", "bf16")):
+        for kv, engine in report.get(stage, {}).items():
+            if not isinstance(engine, dict) or "decode" not in engine:
+                continue
+            for streams, row in engine["decode"].items():
+                rows.append([
+                    weights, kv, streams, row["tokens_per_s"], row["step_us"] / 1e3,
+                    row["floor_us"] / 1e3, _cell(row.get("waiting_share")),
+                    _cell(row.get("idle_share")),
+                ])  # fmt: skip
+    columns = ["weights", "KV", "streams", "tok/s", "ms/step", "floor", "waiting", "no kernel"]
+    return Table("Engine, Llama-3-8B, context 1,024", columns, rows)
+
+
+def _targets(report: Report) -> Table:
+    verdicts = {True: "met", False: "missed", None: "not measured"}
+    rows: list[list[str | float]] = [
+        [
+            target.what,
+            f"{'≤' if target.at_most else '≥'} {text(target.goal)} {target.unit}".strip(),
+            _cell(target.found),
+            _cell(target.ratio),
+            verdicts[target.met],
+        ]
+        for target in targets(report)
+    ]
+    return Table("Goals", ["what", "goal", "found", "of the goal", ""], rows)
+
+
+def _over(numerator: float | None, denominator: float | None) -> float | None:
+    return numerator / denominator if numerator is not None and denominator else None
+
+
+def _cell(value: float | None) -> str | float:
+    return "-" if value is None else value

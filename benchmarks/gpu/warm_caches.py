@@ -1,0 +1,38 @@
+"""Compiles every form of every kernel before anything is timed, with all processors.
+
+Triton keeps them on disk; the stages after this one find them there.
+"""
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import torch
+import triton
+
+from benchmarks.gpu.bench import Bench
+from kernels.gpu import compile as kernel_compile
+
+
+def run(bench: Bench) -> None:
+    modules = kernel_compile.modules()
+    cases = [case for module in modules for case in kernel_compile.cases(module)]
+    bench.section["cases"] = len(cases)
+    if not bench.plan.on_gpu:
+        return
+    major, minor = torch.cuda.get_device_capability()
+    started = time.monotonic()
+    workers = min(32, len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(workers) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        for case in cases:
+            if 10 * major + minor >= case.min_capability:
+                bench.attempt(case.label, partial(warm, case))
+    bench.section["compile_s"] = round(time.monotonic() - started, 1)
+
+
+def warm(case: kernel_compile.CompileCase) -> None:
+    """Compiles as a launch would."""
+    names = [name for name in case.kernel.arg_names if name not in case.constants]
+    arguments = dict(zip(names, case.arguments, strict=True))
+    case.kernel.warmup(**arguments, **case.constants, **case.options, grid=(1,))

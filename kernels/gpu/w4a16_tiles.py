@@ -1,0 +1,166 @@
+"""How the W4A16 product is cut: tile shapes by number of rows, and parts along K.
+
+kernels/gpu/tiles.py's tuned tiles come first, under "w4a16" and "w4a16_gated", by n, k, group and
+m, a bucket of rows; these are for shapes it does not know.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from itertools import product
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from kernels.gpu import tiles
+from kernels.gpu.chip import HOPPER, Chip
+
+# More rows are multiplied by cuBLAS, after the weight is dequantised for them.
+MAX_KERNEL_ROWS = 768
+BUCKETS = (4, 16, 32, 64, 128, 256, MAX_KERNEL_ROWS)  # of rows; one tile each
+MAX_SPLITS = 8
+PROGRAMS_PER_SM = 2
+
+
+Scale: TypeAlias = Literal["after", "before"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One compiled form."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    scale: Scale
+    splits: int | None = None  # None: as many as fill the GPU
+
+
+# Compiled, not timed: instructions per weight and lane of the loop, with zeros, by Triton 3.6 for
+# sm_90; an H200 has time for 4.0 while the weights arrive. Registers allow 2 to 5 programs an SM.
+#   16 x  64 x 128  3.50        32 x 128 x 128  2.65        128 x 128 x 64  4.45
+#   16 x 128 x 128  2.48        64 x 128 x 128  3.5         128 x 256 x 64  4.09
+# 64 outputs where a few rows of x are read: as many programs with half the parts to add up. From
+# 16 rows on x weighs as much as 64 outputs' weights, and every program reads it from L2. "before"
+# needs 128 outputs per 4 warps: with 64 the scales' layout costs 6 instructions.
+DEFAULTS = {
+    4: Tile(16, 64, 128, 4, 4, "after"),
+    16: Tile(16, 128, 128, 4, 4, "after"),
+    32: Tile(32, 128, 128, 4, 4, "after"),
+    64: Tile(64, 128, 128, 4, 3, "before"),
+    128: Tile(128, 128, 64, 4, 4, "before"),
+    256: Tile(128, 256, 64, 8, 3, "before"),
+    MAX_KERNEL_ROWS: Tile(128, 256, 64, 8, 3, "before"),
+}
+# Before Hopper both operands of a product are in registers, and wider tiles spill.
+AMPERE = DEFAULTS | {
+    64: Tile(64, 128, 64, 8, 3, "before"),
+    128: Tile(128, 128, 64, 8, 3, "before"),
+    256: Tile(128, 128, 64, 8, 3, "before"),
+    MAX_KERNEL_ROWS: Tile(128, 128, 64, 8, 3, "before"),
+}
+# float32: products on the CUDA cores, whose operands fill registers.
+EXACT = Tile(16, 64, 32, 4, 2, "before")
+
+
+# What tuning tries: by the most rows, block_m, block_n, block_k, warps, stages, scale.
+CANDIDATES: dict[int, tuple[tuple[int, int, int, int, int, Scale], ...]] = {
+    16: (
+        (16, 64, 128, 4, 4, "after"),
+        (16, 64, 128, 4, 6, "after"),
+        (16, 128, 128, 4, 3, "after"),
+        (16, 128, 128, 4, 4, "after"),
+        (16, 128, 128, 8, 4, "after"),
+        (16, 256, 128, 8, 3, "after"),
+        (16, 256, 128, 8, 4, "after"),
+    ),
+    32: (
+        (32, 64, 128, 4, 4, "after"),
+        (32, 128, 128, 4, 3, "after"),
+        (32, 128, 128, 4, 4, "after"),
+        (32, 128, 128, 8, 4, "after"),
+        (32, 256, 128, 8, 3, "after"),
+        (32, 256, 128, 8, 4, "after"),
+    ),
+    64: (
+        (64, 64, 128, 4, 3, "after"),
+        (64, 128, 128, 8, 3, "after"),
+        (64, 128, 128, 4, 3, "before"),
+        (64, 128, 64, 4, 4, "before"),
+        (64, 256, 64, 8, 4, "before"),
+        (64, 256, 128, 8, 3, "before"),
+    ),
+    128: (
+        (64, 128, 64, 4, 4, "before"),
+        (64, 256, 64, 8, 4, "before"),
+        (128, 128, 64, 4, 4, "before"),
+        (128, 256, 64, 8, 3, "before"),
+        (128, 256, 64, 8, 4, "before"),
+    ),
+    MAX_KERNEL_ROWS: (
+        (128, 128, 64, 4, 4, "before"),
+        (128, 256, 64, 8, 3, "before"),
+        (128, 256, 64, 8, 4, "before"),
+    ),
+}
+
+
+def bucket_of(rows: int) -> int:
+    return next(bucket for bucket in BUCKETS if rows <= bucket)
+
+
+def choose_tile(
+    kernel: str, n: int, k: int, group_size: int, dtype: torch.dtype, bucket: int, chip: Chip
+) -> Tile:
+    """The tile of "w4a16" or "w4a16_gated", with its number of splits."""
+    tuned = None
+    if dtype != torch.float32:
+        tuned = tiles.lookup(kernel, n=n, k=k, group=group_size, m=bucket)
+    if tuned is None:
+        return default_tile(kernel, n, k, group_size, dtype, bucket, chip)
+    return fit(Tile(**tuned), kernel, n, k, group_size, bucket, chip)
+
+
+def default_tile(
+    kernel: str, n: int, k: int, group_size: int, dtype: torch.dtype, bucket: int, chip: Chip
+) -> Tile:
+    by_rows = DEFAULTS if chip.capability >= 90 else AMPERE
+    tile = EXACT if dtype == torch.float32 else by_rows[bucket]
+    return fit(tile, kernel, n, k, group_size, bucket, chip)
+
+
+@cache
+def fit(tile: Tile, kernel: str, n: int, k: int, group_size: int, bucket: int, chip: Chip) -> Tile:
+    """The tile, cut where this product asks for it, with a number of splits."""
+    gated = kernel == "w4a16_gated"
+    # A gated program's rows are two halves of whole tiles.
+    tile = replace(
+        tile,
+        block_n=max(tile.block_n, 128) if gated else tile.block_n,
+        block_k=choose_block_k(tile.block_k, k, group_size),
+    )
+    steps = -(-k // tile.block_k)
+    programs = -(-bucket // tile.block_m) * -(-n // tile.block_n)
+    splits = tile.splits or max(1, PROGRAMS_PER_SM * chip.num_sms // programs)
+    # The same number of steps for every part, and no part without any.
+    steps_per_split = -(-steps // min(splits, MAX_SPLITS, steps))
+    return replace(tile, splits=1 if gated else -(-steps // steps_per_split))
+
+
+def choose_block_k(wanted: int, k: int, group_size: int) -> int:
+    """At most `wanted` inputs that have one scale; whole ones of K where that is possible."""
+    period = k if group_size == k else group_size
+    fits = [size for size in (128, 64, 32) if size <= wanted and period % size == 0]
+    return fits[0] if fits else 32
+
+
+def candidates(kernel: str, *, n: int, k: int, group: int, m: int) -> list[dict[str, Any]]:
+    """Tiles worth a try for a bucket of rows, with splits for one, two and four programs an SM."""
+    shapes = CANDIDATES[next(most for most in CANDIDATES if m <= most)]
+    found: dict[Tile, None] = {}
+    for shape, programs in product(shapes, (1, 2, 4)):
+        wanted = programs * HOPPER.num_sms // (-(-m // shape[0]) * -(-n // shape[1]))
+        tile = replace(Tile(*shape), splits=max(1, wanted))
+        found[fit(tile, kernel, n, k, group, m, HOPPER)] = None
+    return [asdict(tile) for tile in found]

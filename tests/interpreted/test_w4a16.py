@@ -1,0 +1,189 @@
+"""The W4A16 kernels against float64 products of the dequantised weight."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.gpu import w4a16, w4a16_tiles
+from kernels.gpu.chip import Chip
+from kernels.gpu.w4a16 import is_gated_best, w4a16_linear, w4a16_silu_mul
+from kernels.gpu.w4a16_dequantise import dequantise
+from kernels.gpu.w4a16_pack import W4A16Weight, pack_w4a16
+from kernels.gpu.w4a16_tiles import MAX_KERNEL_ROWS, Tile
+from kernels.int4_linear import int4_linear, int4_silu_mul, pack_int4
+from kernels.partials import Partials, summed
+
+# The interpreter computes in float32 and cuts what it rounds to bf16 off: 2^-7.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def packed(
+    n: int,
+    k: int,
+    group_size: int,
+    dtype: torch.dtype = torch.float32,
+    symmetric: bool = False,
+    order: Tensor | None = None,
+) -> tuple[W4A16Weight, Tensor]:
+    """A weight, and its value in float64 [N, K], inputs in the layer's order."""
+    generator = torch.Generator().manual_seed(n + k)
+    q = torch.randint(0, 16, (k, n), generator=generator, dtype=torch.uint8)
+    zeros = torch.randint(0, 16, (k // group_size, n), generator=generator, dtype=torch.uint8)
+    zeros = torch.full_like(zeros, 8) if symmetric else zeros
+    scales = (torch.rand(k // group_size, n, generator=generator) + 0.5).to(dtype)
+    weight = pack_int4(q, zeros, scales, dtype, "cuda", input_order=order)
+    assert isinstance(weight, W4A16Weight)
+    assert (weight.zeros is None) == symmetric
+    exact = (q.double().view(-1, group_size, n) - zeros.double()[:, None]) * scales.double()[
+        :, None
+    ]
+    value = exact.view(k, n).t()
+    if order is not None:
+        value = torch.zeros_like(value).index_copy_(1, order, value)
+    return weight, value
+
+
+def check(found: Tensor, expected: Tensor, factor: float = 1.0) -> None:
+    assert found.shape == expected.shape
+    error = float((found.double() - expected).norm() / expected.norm())
+    assert error < factor * TOLERANCE[found.dtype], error
+
+
+def tiled(monkeypatch: pytest.MonkeyPatch, *values: object, **more: object) -> None:
+    """Every product of 16-bit activations uses this tile."""
+    tile = Tile(*values, **more)  # type: ignore[arg-type]
+    monkeypatch.setattr(w4a16_tiles, "DEFAULTS", dict.fromkeys(w4a16_tiles.BUCKETS, tile))
+    monkeypatch.setattr(w4a16_tiles, "EXACT", tile)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs begin as NaN, so that one which is not written shows."""
+    empty, new_empty = torch.empty, Tensor.new_empty
+
+    def nan(value: Tensor) -> Tensor:
+        return value.fill_(torch.nan) if value.is_floating_point() else value
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: nan(empty(*a, **k)))
+    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: nan(new_empty(*a, **k)))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("m", "bias"), [(1, False), (17, True)])
+def test_linear(dtype: torch.dtype, symmetric: bool, m: int, bias: bool) -> None:
+    weight, exact = packed(192, 384, 128, dtype, symmetric)
+    x = normal(m, 384, seed=1, dtype=dtype)
+    added = normal(192, seed=2, dtype=dtype) * 20 if bias else None
+    expected = x.double() @ exact.t() + (0 if added is None else added.double())
+    check(summed(int4_linear(x, weight, added)), expected)
+    parts = w4a16_linear(x, weight, added, partial=True)
+    assert isinstance(parts, Partials)
+    check(summed(parts), expected)
+
+
+@pytest.mark.parametrize("scale", ["after", "before"])
+@pytest.mark.parametrize(
+    ("n", "k", "group_size"),
+    [(64, 96, 32), (72, 192, 64), (8, 128, 128), (200, 224, 32), (64, 192, 96), (320, 256, 128)],
+)
+def test_shapes(
+    monkeypatch: pytest.MonkeyPatch, n: int, k: int, group_size: int, scale: str
+) -> None:
+    tiled(monkeypatch, 16, 128, 128, 4, 3, scale)
+    weight, exact = packed(n, k, group_size)
+    x = normal(5, k, seed=3)
+    check(summed(int4_linear(x, weight, None)), x.double() @ exact.t())
+    assert torch.equal(dequantise(weight).double(), exact.float().double())
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("k", [24, 64, 96, 100, 384])
+def test_one_scale_for_all_of_k(k: int, symmetric: bool) -> None:
+    weight, exact = packed(128, k, k, symmetric=symmetric)
+    x = normal(3, k, seed=4)
+    check(summed(int4_linear(x, weight, None)), x.double() @ exact.t())
+    assert torch.equal(dequantise(weight).double(), exact.float().double())
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 5, 8])
+def test_splits(monkeypatch: pytest.MonkeyPatch, splits: int) -> None:
+    tiled(monkeypatch, 16, 64, 64, 4, 3, "after", splits=splits)
+    weight, exact = packed(64, 448, 64)  # 7 steps: no multiple of the splits
+    x, bias = normal(18, 448, seed=5), normal(64, seed=6)
+    y = int4_linear(x, weight, bias, partial=True)
+    assert isinstance(y, Partials) == (splits > 1)
+    check(summed(y), x.double() @ exact.t() + bias.double())
+
+
+@pytest.mark.parametrize(("m", "tile"), [(33, 64), (100, 128)])
+def test_many_rows(m: int, tile: int) -> None:
+    weight, exact = packed(128, 128, 64, torch.bfloat16)
+    assert w4a16_tiles.DEFAULTS[w4a16_tiles.bucket_of(m)].block_m == tile
+    x = normal(m, 128, seed=7, dtype=torch.bfloat16)
+    check(summed(int4_linear(x, weight, None)), x.double() @ exact.t())
+
+
+def test_more_rows_than_the_kernel_takes() -> None:
+    weight, exact = packed(64, 128, 64)
+    x, bias = normal(MAX_KERNEL_ROWS + 1, 128, seed=8), normal(64, seed=9)
+    expected = x.double() @ exact.t() + bias.double()
+    check(summed(int4_linear(x, weight, bias, partial=True)), expected)
+    gate, up = expected.chunk(2, dim=1)
+    check(int4_silu_mul(x, weight, bias), torch.nn.functional.silu(gate) * up)
+
+
+def test_order_of_inputs() -> None:
+    order = torch.randperm(128, generator=torch.Generator().manual_seed(0))
+    weight, exact = packed(128, 128, 32, order=order)
+    x = normal(4, 128, seed=10)
+    check(summed(int4_linear(x, weight, None)), x.double() @ exact.t())
+    x = normal(MAX_KERNEL_ROWS + 1, 128, seed=10)
+    check(summed(int4_linear(x, weight, None)), x.double() @ exact.t())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("half", "m", "block_n"), [(64, 3, 128), (192, 17, 256)])
+def test_gated(
+    monkeypatch: pytest.MonkeyPatch, half: int, m: int, block_n: int, dtype: torch.dtype
+) -> None:
+    tiled(monkeypatch, 16, block_n, 128, 4, 3, "after")
+    weight, exact = packed(2 * half, 256, 128, dtype)
+    x, bias = normal(m, 256, seed=11, dtype=dtype) / 50, normal(2 * half, seed=12, dtype=dtype)
+    gate, up = (x.double() @ exact.t() + bias.double()).chunk(2, dim=1)
+    expected = torch.nn.functional.silu(gate) * up
+    check(w4a16_silu_mul(x, weight, bias), expected, factor=3)
+    assert not is_gated_best(x, weight)  # so few outputs: K is cut instead
+    check(int4_silu_mul(x, weight, bias), expected, factor=3)
+    monkeypatch.setattr(w4a16, "chip_of", lambda device: Chip(1, 90))
+    assert is_gated_best(x, weight)
+    check(int4_silu_mul(x, weight, bias), expected, factor=3)
+
+
+def test_gated_halves_that_are_no_whole_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(w4a16, "chip_of", lambda device: Chip(1, 90))
+    weight, exact = packed(2 * 96, 128, 64)
+    x = normal(3, 128, seed=13) / 50
+    assert not is_gated_best(x, weight)
+    gate, up = (x.double() @ exact.t()).chunk(2, dim=1)
+    check(int4_silu_mul(x, weight, None), torch.nn.functional.silu(gate) * up)
+
+
+def test_results_repeat() -> None:
+    weight, _ = packed(128, 512, 128, torch.bfloat16)
+    x = normal(16, 512, seed=14, dtype=torch.bfloat16)
+    first, second = (summed(int4_linear(x, weight, None)) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_padding_is_zero() -> None:
+    q = torch.full((96, 72), 15, dtype=torch.uint8)
+    ones = torch.ones(3, 72)
+    weight = pack_w4a16(q, ones.to(torch.uint8), ones, torch.float32, "cuda")
+    assert weight.words.shape == (2, 2, 64, 8)
+    assert weight.scales.shape == (3, 256)
+    assert weight.scales[:, 72:].count_nonzero() == 0
