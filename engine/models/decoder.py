@@ -123,6 +123,6 @@ class Decoder:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor | None:
-        """hidden [L, H] of the last stage -> float32 [L, V] on its rank 0, None on the others."""
+        """hidden [L, H] of the last stage -> [L, V] on its rank 0, None on the others."""
         assert self.head is not None, "the last stage has the head"
         return self.head(hidden)
