@@ -189,9 +189,6 @@ def plan(
         float | None, typer.Option(min=1, help="Of that memory, in GB/s: bounds the tokens/s.")
     ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Plan for a machine without GPUs.")] = False,
-    int4: Annotated[
-        bool, typer.Option("--int4", help="Count on packed int4 weights on GPUs, not there yet.")
-    ] = False,
     config: Annotated[
         Path | None, typer.Option(help="Engine config (YAML); the options here win over it.")
     ] = None,
@@ -212,7 +209,7 @@ def plan(
     with _errors():
         from serve_app.plan_command import Wanted, run_plan
 
-        wanted = Wanted(gpu, gpus, memory, bandwidth, cpu, int4)
+        wanted = Wanted(gpu, gpus, memory, bandwidth, cpu)
         settings = {
             "pp": pp,
             "dtype": dtype,

@@ -14,7 +14,7 @@ from engine.errors import ConfigError
 from engine.kv_cache import bytes_per_block, check_head_dim
 from engine.models import DecoderSpec, check_tp, resolve_dtype, stage_layers
 from engine.models.footprint import Footprint, footprint
-from engine.worker import block_size_of, session_limit
+from engine.rank_model import block_size_of, session_limit
 from serve_app.plan_gpus import Memory
 
 MAX_TP = 8  # ranks to try when nobody said how many GPUs there are
@@ -30,8 +30,7 @@ class TpPlan:
     """One tp. Bytes are of a rank of the fullest stage; sequences and tokens/s of one replica."""
 
     tp: int
-    weight_bytes: int  # as this version keeps them
-    int4_bytes: int  # with int4 linears in 4 bits
+    weight_bytes: int
     kv_bytes_per_token: int
     free_bytes: int  # after the weights; negative: they do not fit
     kv_tokens: int
@@ -53,7 +52,6 @@ class Plan:
     quant_policy: int
     session_len: int
     pp: int
-    int4: bool
     rows: tuple[TpPlan, ...]
 
     @property
@@ -63,17 +61,13 @@ class Plan:
 
 
 class Planner:
-    """`int4`: count on 4-bit weights in memory, which GPUs of this version do not compute on."""
-
-    def __init__(
-        self, spec: DecoderSpec, config: EngineConfig, device: Device, int4: bool = False
-    ) -> None:
+    def __init__(self, spec: DecoderSpec, config: EngineConfig, device: Device) -> None:
         self._dtype = resolve_dtype(config.dtype, spec, device)
         self._session_len = session_limit(config, spec)
-        self._spec, self._config, self._device, self._int4 = spec, config, device, int4
+        self._spec, self._config, self._device = spec, config, device
         self._block_size = block_size_of(config, device)
         check_head_dim(spec, config.quant_policy)
-        self._known: dict[tuple[int, bool], list[Footprint]] = {}
+        self._known: dict[int, list[Footprint]] = {}
 
     def plan(self, memory: Memory, num_gpus: int | None = None) -> Plan:
         pp, rows = self._config.pp, []
@@ -93,16 +87,14 @@ class Planner:
             quant_policy=self._config.quant_policy,
             session_len=self._session_len,
             pp=pp,
-            int4=self._int4,
             rows=tuple(rows),
         )
 
     def _row(self, memory: Memory, tp: int, num_replicas: int | None) -> TpPlan:
         """The fullest stage decides; on a CPU all ranks share the memory."""
-        kept, packed = self._footprints(tp, int4=False), self._footprints(tp, int4=True)
-        stages = packed if self._int4 else kept
+        stages = self._footprints(tp)
         kv = [self._kv_bytes_per_token(tp, stage) for stage in range(self._config.pp)]
-        taken = [stage.weights + RANK_BYTES for stage in stages]
+        taken = [stage.weights + stage.scratch + RANK_BYTES for stage in stages]
         if self._device == "cpu":
             taken = [tp * sum(taken)] * len(taken)
         free = [memory.num_bytes - each for each in taken]
@@ -113,8 +105,7 @@ class Planner:
         contexts = [sharing * each * self._session_len for each in kv]
         return TpPlan(
             tp=tp,
-            weight_bytes=max(stage.weights for stage in kept),
-            int4_bytes=max(stage.weights for stage in packed),
+            weight_bytes=max(stage.weights for stage in stages),
             kv_bytes_per_token=max(kv),
             free_bytes=min(free),
             kv_tokens=num_blocks * self._block_size,
@@ -128,23 +119,22 @@ class Planner:
     def _blocks_per_session(self) -> int:
         return -(-self._session_len // self._block_size)
 
-    def _footprints(self, tp: int, int4: bool) -> list[Footprint]:
+    def _footprints(self, tp: int) -> list[Footprint]:
         """Of each stage."""
-        if (tp, int4) not in self._known:
-            self._known[tp, int4] = [
+        if tp not in self._known:
+            self._known[tp] = [
                 footprint(
                     self._spec,
                     tp=tp,
                     dtype=self._dtype,
                     device=self._device,
                     session_len=self._session_len,
-                    int4=int4,
                     stage=stage,
                     pp=self._config.pp,
                 )
                 for stage in range(self._config.pp)
             ]
-        return self._known[tp, int4]
+        return self._known[tp]
 
     def _kv_bytes_per_token(self, tp: int, stage: int) -> int:
         num_layers = len(stage_layers(self._spec.num_layers, stage, self._config.pp))

@@ -10,8 +10,8 @@ from engine.models import load_spec
 from engine.models.footprint import checkpoint_bytes
 from engine.models.hf_config import read_json
 from engine.models.spec import DecoderSpec
+from engine.rank_model import free_memory
 from engine.weights.checkpoint import INDEX_FILE
-from engine.worker import free_memory
 from serve_app.plan import Device, Planner
 from serve_app.plan_gpus import Memory, known_gpu, read_size
 from serve_app.plan_report import to_json, to_text
@@ -26,7 +26,6 @@ class Wanted:
     memory: str | None = None
     bandwidth: float | None = None  # GB/s
     cpu: bool = False
-    int4: bool = False
 
     @property
     def device(self) -> Device:
@@ -34,8 +33,8 @@ class Wanted:
 
     def resolve(self) -> Memory:
         """ConfigError when it does not say one memory."""
-        if self.cpu and (self.gpu or self.num_gpus or self.int4):
-            raise ConfigError("--cpu plans for a machine without GPUs: drop --gpu, --gpus, --int4")
+        if self.cpu and (self.gpu or self.num_gpus):
+            raise ConfigError("--cpu plans for a machine without GPUs: drop --gpu, --gpus")
         if self.gpu and (self.memory or self.bandwidth):
             raise ConfigError("--memory and --bandwidth describe a GPU that --gpu does not know")
         if self.gpu:
@@ -56,7 +55,7 @@ def run_plan(
     path = path.parent if path.name == "config.json" else path
     spec = load_spec(path)
     engine = _engine_config(path, config, settings)
-    plan = Planner(spec, engine, wanted.device, wanted.int4).plan(memory, wanted.num_gpus)
+    plan = Planner(spec, engine, wanted.device).plan(memory, wanted.num_gpus)
     size = _stored_bytes(path, spec)
     name = path.resolve().name
     text = to_json(name, size, plan) if as_json else to_text(name, spec, size, plan)

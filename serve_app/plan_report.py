@@ -22,7 +22,6 @@ def to_json(model: str, checkpoint_bytes: int, plan: Plan) -> str:
             "quant_policy": plan.quant_policy,
             "session_len": plan.session_len,
             "pp": plan.pp,
-            "int4": plan.int4,
             "best_tp": plan.best.tp if plan.best else None,
             "plans": [asdict(row) | {"fits": row.fits} for row in plan.rows],
         },
@@ -57,7 +56,6 @@ def _header(plan: Plan) -> list[str]:
         "tp",
         *(["replicas"] if plan.rows[0].num_replicas is not None else []),
         "weights/rank",
-        "in int4",
         "KV/token",
         "free",
         "KV tokens",
@@ -71,7 +69,6 @@ def _cells(plan: Plan, row: TpPlan) -> list[str]:
         str(row.tp),
         *([str(row.num_replicas)] if row.num_replicas is not None else []),
         _size(row.weight_bytes),
-        _size(row.int4_bytes),
         f"{row.kv_bytes_per_token / 1024:g} KiB",
         _size(row.free_bytes),
         str(row.kv_tokens),
@@ -88,18 +85,11 @@ def _notes(spec: DecoderSpec, plan: Plan) -> list[str]:
         "sequences: at the whole context each, in one replica; shorter ones are more, up to "
         "max_num_seqs.",
     ]
-    if spec.awq and plan.device == "cuda" and not plan.int4:
-        notes.append(
-            "weights: dequantised to 16 bits, as GPUs of this version compute; --int4 plans with "
-            "packed ones."
-        )
     if plan.device == "cpu":
         notes.append(
             "KV tokens: within max_cpu_cache_bytes, 2 GiB unless an engine config (--config) says "
             "more; weights: mapped from one file, which the replicas of a machine share."
         )
-    if plan.int4 and plan.device == "cuda":
-        notes.append("PLANNED WITH PACKED INT4 WEIGHTS, which GPUs of this version do not use.")
     if plan.memory.bandwidth is not None:
         notes.append(
             "tokens/s: bounds, not forecasts: memory bandwidth over the bytes a decode step must "

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from engine.config import EngineConfig
 from engine.kv_cache import KVCache, bytes_per_block
 from engine.models import load_decoder, load_spec
-from engine.models.footprint import checkpoint_bytes, footprint
+from engine.models.footprint import Footprint, checkpoint_bytes, footprint
 from engine.models.rank_weights import RankWeights
 from engine.models.sharding import Shard
 from engine.parallel import ParallelGroup
@@ -107,17 +107,20 @@ def test_weights_of_each_stage(name: str) -> None:
         assert predicted.weights == loaded + 2 * CONTEXT * spec.head_dim * FP32.itemsize
 
 
-def test_gpus_keep_int4_dequantised_today() -> None:
-    """As float32 does on a CPU, which the test above has loaded; a GPU in 16 bits takes half."""
-    spec = load_spec(MODELS["awq"]().path)
+def test_gpus_keep_int4_packed(tmp_path: Path) -> None:
+    """Half a byte per weight of the linears; per group of 128 a scale of two and a zero of one."""
+    (tmp_path / "config.json").write_text(json.dumps(sizing.config_json("Llama 3.1 8B")))
+    spec = load_spec(tmp_path)
 
-    def weights(device: str, dtype: torch.dtype, int4: bool = False) -> int:
-        return footprint(
-            spec, tp=1, dtype=dtype, device=device, session_len=CONTEXT, int4=int4
-        ).weights
+    def of_rank(tp: int) -> Footprint:
+        return footprint(spec, tp=tp, dtype=torch.float16, device="cuda", session_len=CONTEXT)
 
-    assert weights("cuda", FP32) == weights("cpu", FP32) == 2 * weights("cuda", torch.float16)
-    assert weights("cuda", torch.float16, int4=True) < 0.6 * weights("cuda", torch.float16)
+    linears = 32 * (6144 * 4096 + 4096 * 4096 + 3 * 14336 * 4096)
+    tables = 2 * 128256 * 4096 * 2
+    expected = linears // 2 + linears // 128 * 3 + tables
+    assert expected < of_rank(1).weights < 1.001 * expected
+    assert of_rank(1).scratch == 2 * of_rank(2).scratch == 2 * 14336 * 4096 * 2
+    assert of_rank(2).weights < 0.501 * of_rank(1).weights
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -156,10 +159,16 @@ def test_blocks_of_a_worker(
     worker = Worker(config, ParallelGroup())
     (plan,) = Planner(spec, config, "cpu").plan(memory, num_gpus=1).rows
     assert plan.free_bytes == free
-    assert plan.kv_tokens == worker.num_blocks * worker.block_size
-    assert plan.num_sequences == min(3, worker.num_blocks // 2)
+    assert plan.kv_tokens == worker.info.num_blocks * worker.info.block_size
+    assert plan.num_sequences == min(3, worker.info.num_blocks // 2)
     cache = KVCache.allocate(
-        spec, worker.num_blocks, worker.block_size, FP32, "cpu", 1, quant_policy=quant_policy
+        spec,
+        worker.info.num_blocks,
+        worker.info.block_size,
+        FP32,
+        "cpu",
+        1,
+        quant_policy=quant_policy,
     )
     assert num_bytes(cache, set()) == plan.kv_tokens * plan.kv_bytes_per_token
     block_bytes = bytes_per_block(spec, 16, FP32, 1, quant_policy=quant_policy)
@@ -234,10 +243,8 @@ def test_a_config_is_enough(config_alone: Path) -> None:
     code, text = run(config_alone / "config.json", "--gpu", "T4-16GB", "--gpus", 4)
     assert code == 0
     assert text.startswith("some-model-awq: 2 layers, 4 heads on 2, int4 in groups of 32;")
-    assert "dequantised to 16 bits" in text
     assert "bounds, not forecasts" in text
     assert "--tp 1 fits: 256 sequences of 128 tokens." in text
-    assert "PACKED" in run(config_alone, "--gpu", "T4-16GB", "--int4")[1]
 
 
 def test_json(config_alone: Path) -> None:
@@ -271,7 +278,7 @@ def test_what_does_not_fit_ends_with_1(config_alone: Path) -> None:
         (["--gpu", "H100"], "did you mean 'H100-80GB'"),
         (["--gpu", "T4-16GB", "--memory", "1GiB"], "--memory and --bandwidth describe"),
         (["--memory", "80"], "a size such as 80GiB"),
-        (["--cpu", "--int4"], "drop --gpu"),
+        (["--cpu", "--gpus", 2], "drop --gpu"),
         (["--cpu", "--session-len", 1000], "beyond the 128 positions"),
         (["--cpu", "--dtype", "float16"], "float16 needs a GPU"),
     ],

@@ -54,28 +54,24 @@ def config_json(name: str) -> dict[str, Any]:
 
 
 def table() -> str:
-    """Two rows per checkpoint: what this version does, and with packed int4 weights."""
     lines = [
         f"| checkpoint (AWQ) | weights | {' | '.join(GPUS)} |",
         f"|---|---|{'---|' * len(GPUS)}",
     ]
     for name in CHECKPOINTS:
-        for int4 in (False, True):
-            weights, cells = _cells(name, int4)
-            label, form = (name, "16-bit, today") if not int4 else ("", "int4, planned")
-            lines.append(f"| {label} | {form}, {weights} | {' | '.join(cells)} |")
+        weights, cells = _cells(name)
+        lines.append(f"| {name} | {weights} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _cells(name: str, int4: bool) -> tuple[str, list[str]]:
+def _cells(name: str) -> tuple[str, list[str]]:
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_text(json.dumps(config_json(name)))
         spec = load_spec(directory)
     config = EngineConfig(model=name, session_len=CONTEXT)
-    planner = Planner(spec, config, "cuda", int4)
+    planner = Planner(spec, config, "cuda")
     plans = [planner.plan(known_gpu(gpu), MAX_GPUS) for gpu in GPUS]
-    whole = plans[0].rows[0]
-    weights = whole.int4_bytes if int4 else whole.weight_bytes
+    weights = plans[0].rows[0].weight_bytes
     best = [plan.best for plan in plans]
     cells = ["none" if row is None else f"tp {row.tp}: {row.num_sequences}" for row in best]
     return f"{weights / 1024**3:.0f} GiB", cells

@@ -4,7 +4,7 @@ Runs the loader's own cutting and packing (RankWeights) over tensors of shapes w
 that there is no second account of it to keep true.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeAlias, cast
 
@@ -20,6 +20,7 @@ from engine.models.spec import DecoderSpec
 from engine.weights.checkpoint import ALL, Checkpoint
 from engine.weights.stored import Int4Matrix, Piece
 from kernels.dense_linear import multiplies_bf16
+from kernels.gpu.w4a16_pack import W4A16Weight
 from kernels.int4_aten import AtenInt4Weight
 from kernels.int4_linear import Int4Weight, pack_int4
 
@@ -32,6 +33,7 @@ class Footprint:
 
     weights: int  # with the table of rotary angles
     read_per_step: int  # of them, what a decode step of few rows reads
+    scratch: int  # beside them, for a step of many rows: the largest int4 weight, dequantised
 
 
 def footprint(
@@ -41,21 +43,19 @@ def footprint(
     dtype: torch.dtype,
     device: str,
     session_len: int,
-    int4: bool = False,
     stage: int = 0,
     pp: int = 1,
 ) -> Footprint:
-    """Of a rank of one stage. `int4`: int4 linears in 4 bits and not as `device` keeps them today.
+    """Of a rank of one stage.
 
     On the CPU the packing is that of this machine's instructions. A tied head that is stored all
     the same counts as equal to the embedding.
     """
     check_tp(spec, tp)
     check_pp(spec, pp)
-    kind = _Int4Rank if int4 else _Rank
     shapes, shard = cast(Checkpoint, _Shapes(spec)), Shard.of(spec, 0, tp, stage, pp)
     with torch.device("meta"), _NoMemory():
-        weights = kind(shapes, spec, shard, dtype, device, int8_activations=False)
+        weights = _Rank(shapes, spec, shard, dtype, device, int8_activations=False)
         values = dict(weights)
     sizes = {name: _num_bytes(value) for name, value in values.items()}
     reads = {name: _num_bytes(_decoding_part(value)) for name, value in values.items()}
@@ -66,7 +66,7 @@ def footprint(
     total = sum(sizes.values())
     angles = rotary_table(spec.rope, spec.head_dim, 1, dtype, "cpu")
     table = session_len * sum(_num_bytes(part) for part in angles)
-    return Footprint(total + table, sum(reads.values()))
+    return Footprint(total + table, sum(reads.values()), _scratch(values.values(), dtype))
 
 
 def checkpoint_bytes(spec: DecoderSpec) -> int:
@@ -117,13 +117,6 @@ class _Rank(RankWeights):
         return self._packed[shape]
 
 
-class _Int4Rank(_Rank):
-    """4 bits per weight, a zero of 4 and a scale of 16 per group."""
-
-    def _int4(self, shape: Shape) -> Any:
-        return _int4_matrix(shape)
-
-
 def _int4_matrix(shape: Shape) -> Int4Matrix:
     num_inputs, num_outputs, group_size = shape
     groups = num_inputs // group_size
@@ -154,11 +147,14 @@ def _decoding_part(value: Any) -> Any:
     return (value.few_rows or value) if isinstance(value, AtenInt4Weight) else value
 
 
+def _scratch(values: Iterable[Any], dtype: torch.dtype) -> int:
+    packed = (value for value in values if isinstance(value, W4A16Weight))
+    return max((n * k * dtype.itemsize for n, k in (each.shape for each in packed)), default=0)
+
+
 def _num_bytes(value: Any) -> int:
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
-    if isinstance(value, Int4Matrix):
-        return (value.q.numel() + value.zeros.numel()) // 2 + value.scales.numel() * 2
     if is_dataclass(value):
         return sum(_num_bytes(getattr(value, field.name)) for field in fields(value))
     return 0

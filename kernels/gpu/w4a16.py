@@ -1,169 +1,37 @@
-"""W4A16 product on the GPU: y = x @ ((q - zero) * scale).T + bias; kernels/gpu/w4a16_pack.py packs.
-
-Computed as W @ x.T: then the weights are the register operand of the tensor cores' product, and
-what `unpack_int4` makes of a word in registers is used where it stands. q - zero is exact in 16
-bits. `scale` says where the scale is applied:
-
-    after    to the product of a group, in float32: at few rows the cheapest
-    before   to the weights, rounded to 16 bits: no second accumulator, so for many rows
-    (last)   one group for all of K: once, to the result
-
-A product with few tiles is cut along K. Each part writes its own float32 sums (kernels/partials.py)
-and whoever reads the result next adds them up.
-
-The gated form computes silu(x @ gate.T) * (x @ up.T) of a weight whose outputs are gate's and then
-up's: half of a program's rows are of each, so that a pair meets in one thread.
-
-float32 activations are the exact mode: float32 weights and products, on the CUDA cores.
-"""
+"""Launchers of the W4A16 product (kernels/gpu/w4a16_kernel.py), its forms and its tuned tiles."""
 
 from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.chip import HOPPER, Chip, chip_of
 from kernels.gpu.compile import CompileCase
-from kernels.gpu.flags import INTERPRET
-from kernels.gpu.w4a16_pack import W4A16Weight
-from kernels.gpu.w4a16_tiles import HOPPER, Chip, Tile, bucket_of, chip_of, choose_tile
-from kernels.gpu.w4a16_unpack import (
-    SCALE_COLUMNS,
-    TILE,
-    centre,
-    column_offsets,
-    output_of,
-    row_offsets,
-    step_offset,
-    unpack_int4,
+from kernels.gpu.dependent_launch import dependent_launch, launch_options
+from kernels.gpu.w4a16_kernel import w4a16_kernel
+from kernels.gpu.w4a16_pack import TILE, W4A16Weight
+from kernels.gpu.w4a16_tiles import (
+    Tile,
+    bucket_of,
+    candidates,
+    choose_tile,
+    default_tile,
 )
 from kernels.partials import Partials
 
+__all__ = [
+    "candidates",
+    "compile_cases",
+    "is_gated_best",
+    "tile_case",
+    "w4a16_linear",
+    "w4a16_silu_mul",
+]
+
 # Brought to L2 while the kernel before still runs: 16 KiB a program, two steps of its weights.
 PREFETCH_LINES = 128
-
-
-@triton.jit
-def _prefetch_l2(pointers):
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit(do_not_specialize=["M", "steps_per_split"])
-def _w4a16_kernel(
-    x_ptr,  # [M, K]
-    words_ptr,
-    scales_ptr,
-    zeros_ptr,  # or None
-    bias_ptr,  # [N], or None
-    out_ptr,  # [M, N]; GATED: [M, N / 2]; of several splits: float32 [splits, M, N]
-    M,
-    N,
-    K,
-    steps_per_split,
-    GROUP: tl.constexpr,  # 0: one group
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # divides GROUP
-    SCALE_AFTER: tl.constexpr,
-    EVEN_K: tl.constexpr,  # BLOCK_K divides K
-    GATED: tl.constexpr,
-    PREFETCH: tl.constexpr,  # 128-byte lines of weights to bring to L2 before the wait
-    PDL: tl.constexpr,
-):
-    DTYPE: tl.constexpr = tl.float32 if INTERPRET else x_ptr.dtype.element_ty
-    pid_n = tl.program_id(1)
-    pid_k = tl.program_id(2)
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = output_of(tl.arange(0, BLOCK_N), pid_n, N, BLOCK_N, GATED)
-    offs_k = tl.arange(0, BLOCK_K)
-    mask_m = offs_m < M
-    first = pid_k * steps_per_split
-    last = tl.minimum(first + steps_per_split, tl.cdiv(K, BLOCK_K))
-
-    word_ptrs = words_ptr + row_offsets(offs_n, N, K)[:, None] + column_offsets(BLOCK_K)[None, :]
-    x_ptrs = x_ptr + offs_m[None, :] * K + first * BLOCK_K + offs_k[:, None]
-    scale_ptrs = scales_ptr + offs_n
-    if zeros_ptr is not None:
-        zero_ptrs = zeros_ptr + offs_n
-    stride_g = tl.cdiv(N, SCALE_COLUMNS) * SCALE_COLUMNS
-
-    if PDL:
-        if PREFETCH > 0:
-            tiles: tl.constexpr = BLOCK_N // TILE
-            rows = output_of(tl.arange(0, tiles) * TILE, pid_n, N, BLOCK_N, GATED)
-            begin = step_offset(first, BLOCK_K)
-            lines = begin + tl.arange(0, PREFETCH // tiles) * 32
-            lines = tl.minimum(lines, step_offset(last, BLOCK_K) - 1)
-            _prefetch_l2(words_ptr + row_offsets(rows, N, K)[:, None] + lines[None, :])
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-
-    # Too narrow for asynchronous copies: fetched one step ahead by hand.
-    group = first * BLOCK_K // GROUP * stride_g if GROUP > 0 else 0
-    scale = tl.load(scale_ptrs + group)
-    zero = None
-    if zeros_ptr is not None:
-        zero = tl.load(zero_ptrs + group)
-
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for step in tl.range(first, last):
-        if GROUP > 0:
-            next_group = tl.minimum(step + 1, last - 1) * BLOCK_K // GROUP * stride_g
-            next_scale = tl.load(scale_ptrs + next_group)
-            if zeros_ptr is not None:
-                next_zero = tl.load(zero_ptrs + next_group)
-        # Triton 3.6 drops this hint on asynchronous copies; 3.9 passes it on.
-        words = tl.load(word_ptrs + step_offset(step, BLOCK_K), eviction_policy="evict_first")
-        if EVEN_K:
-            xt = tl.load(x_ptrs, mask=mask_m[None, :], other=0.0)
-        else:
-            mask_k = offs_k < K - step * BLOCK_K
-            xt = tl.load(x_ptrs, mask=mask_m[None, :] & mask_k[:, None], other=0.0)
-        xt = xt.to(DTYPE)
-        weight = centre(unpack_int4(words, DTYPE, BLOCK_N, BLOCK_K), zero)
-        if GROUP == 0:
-            acc = tl.dot(weight, xt, acc, input_precision="ieee")
-        elif SCALE_AFTER:
-            product = tl.dot(weight, xt, input_precision="ieee")
-            acc += product * scale.to(tl.float32)[:, None]
-        else:
-            weight = (weight * scale.to(DTYPE)[:, None]).to(DTYPE)
-            acc = tl.dot(weight, xt, acc, input_precision="ieee")
-        if GROUP > 0:
-            scale = next_scale
-            if zeros_ptr is not None:
-                zero = next_zero
-        x_ptrs += BLOCK_K
-
-    if GROUP == 0:
-        acc *= scale.to(tl.float32)[:, None]
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[:, None]
-    if GATED:
-        HALF: tl.constexpr = BLOCK_N // 2
-        pairs = tl.permute(tl.reshape(acc, (2, HALF, BLOCK_M)), (1, 2, 0))
-        gate, up = tl.split(pairs)
-        # Rounded as the product and its halves are when they are computed one by one.
-        gate = gate.to(out_ptr.dtype.element_ty).to(tl.float32)
-        up = up.to(out_ptr.dtype.element_ty).to(tl.float32)
-        gate = (gate / (1.0 + tl.exp(-gate))).to(out_ptr.dtype.element_ty).to(tl.float32)
-        offs_i = pid_n * HALF + tl.arange(0, HALF)
-        out_ptrs = out_ptr + offs_m[None, :] * (N // 2) + offs_i[:, None]
-        mask = mask_m[None, :] & (offs_i < N // 2)[:, None]
-        tl.store(out_ptrs, (gate * up).to(out_ptr.dtype.element_ty), mask=mask)
-    else:
-        out_ptrs = out_ptr + pid_k * M * N + offs_m[None, :] * N + offs_n[:, None]
-        mask = mask_m[None, :] & (offs_n < N)[:, None]
-        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def w4a16_linear(
@@ -187,7 +55,7 @@ def is_gated_best(x: Tensor, weight: W4A16Weight) -> bool:
     """Whether the gated form can compute the product, and fills the GPU without cutting K."""
     tile, n = _tile("w4a16_gated", x, weight), weight.shape[0]
     programs = triton.cdiv(bucket_of(len(x)), tile.block_m) * triton.cdiv(n, tile.block_n)
-    return bool(n % (2 * TILE.value) == 0 and 4 * programs >= 3 * chip_of(x.device).num_sms)
+    return bool(n % (2 * TILE) == 0 and 4 * programs >= 3 * chip_of(x.device).num_sms)
 
 
 def w4a16_silu_mul(x: Tensor, weight: W4A16Weight, bias: Tensor | None) -> Tensor:
@@ -210,16 +78,16 @@ def _launch(
     assert x.is_contiguous()
     assert x.dtype == weight.scales.dtype
     assert out.is_contiguous()
-    splits = tile.splits or 1
+    splits, pdl = tile.splits or 1, dependent_launch(x.device)
     grid = (triton.cdiv(m, tile.block_m), triton.cdiv(n, tile.block_n), splits)
-    _w4a16_kernel[grid](
+    w4a16_kernel[grid](
         x, weight.words, weight.scales, weight.zeros, bias, out, m, n, k,
         triton.cdiv(triton.cdiv(k, tile.block_k), splits),
-        **_constants(tile, k, weight.group_size, gated), **_options(tile),
+        **_constants(tile, k, weight.group_size, gated, pdl), **_options(tile, pdl),
     )  # fmt: skip
 
 
-def _constants(tile: Tile, k: int, group_size: int, gated: bool) -> dict[str, Any]:
+def _constants(tile: Tile, k: int, group_size: int, gated: bool, pdl: bool) -> dict[str, Any]:
     return {
         "GROUP": 0 if group_size == k else group_size,
         "BLOCK_M": tile.block_m,
@@ -228,23 +96,21 @@ def _constants(tile: Tile, k: int, group_size: int, gated: bool) -> dict[str, An
         "SCALE_AFTER": tile.scale == "after",
         "EVEN_K": k % tile.block_k == 0,
         "GATED": gated,
-        "PREFETCH": PREFETCH_LINES if tile.pdl else 0,
-        "PDL": tile.pdl,
+        "PREFETCH": PREFETCH_LINES if pdl else 0,
+        "PDL": pdl,
     }
 
 
-def _options(tile: Tile) -> dict[str, Any]:
-    options: dict[str, Any] = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    return options | {"launch_pdl": True} if tile.pdl else options
+def _options(tile: Tile, pdl: bool) -> dict[str, Any]:
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages} | launch_options(pdl)
 
 
 def compile_cases() -> list[CompileCase]:
-    f16, f32 = torch.float16, torch.float32
-    hopper, ampere = (4, 16, 32, 64, 128, 256), (64, 128)
+    f16, f32, ampere = torch.float16, torch.float32, replace(HOPPER, capability=80)
     return [
-        *(_case(bucket) for bucket in hopper),
-        *(_case(bucket, chip=replace(HOPPER, capability=80)) for bucket in ampere),
-        *(_case(bucket, gated=True, splits=1) for bucket in (16, 64, 256)),
+        *(_case(bucket) for bucket in (4, 16, 32, 64, 128, 256)),
+        *(_case(bucket, chip=ampere) for bucket in (64, 128)),
+        *(_case(bucket, gated=True) for bucket in (16, 64, 256)),
         _case(4, zeros=False),
         _case(16, zeros=False),
         _case(16, splits=1, bias=True),
@@ -252,47 +118,71 @@ def compile_cases() -> list[CompileCase]:
         _case(16, group_size=32),
         _case(64, group_size=32),
         _case(16, group_size=4096),
-        _case(64, group_size=4040, k=4040),
+        _case(64, k=4040, group_size=4040),
         _case(16, f16),
         _case(64, f16),
         _case(16, f32),
         _case(4, pdl=True),
-        _case(16, pdl=True, gated=True, splits=1),
+        _case(16, gated=True, pdl=True),
     ]
+
+
+def tile_case(kernel: str, key: dict[str, Any], tile: dict[str, Any]) -> CompileCase:
+    """Of a tuned tile, for weights with zeros."""
+    n, k, group_size = key["n"], key["k"], key["group"]
+    gated = kernel == "w4a16_gated"
+    return _compile_case("tuned", Tile(**tile), torch.bfloat16, n, k, group_size, gated)
 
 
 def _case(
     bucket: int,
     dtype: torch.dtype = torch.bfloat16,
     *,
-    zeros: bool = True,
-    gated: bool = False,
-    group_size: int = 128,
     k: int = 4096,
-    splits: int = 4,
+    group_size: int = 128,
+    gated: bool = False,
+    zeros: bool = True,
     bias: bool = False,
+    splits: int = 4,
     pdl: bool = False,
     chip: Chip = HOPPER,
 ) -> CompileCase:
-    """`group_size` k: one group."""
+    """Of a default tile. `group_size` k: one group."""
     kernel, n = ("w4a16_gated" if gated else "w4a16"), 28672
-    tile = choose_tile(kernel, n, k, group_size, dtype, bucket, chip)
-    tile = replace(tile, splits=splits, pdl=pdl)
-    facts = [str(dtype).removeprefix("torch."), f"M{bucket}", f"g{group_size}", f"K{k}"]
-    wide = bucket > 32 and chip.capability == 90  # not for what came before
-    named = {"zeros": zeros, "gated": gated, "split": splits > 1, "bias": bias, "pdl": pdl}
-    named["sm_80"] = chip.capability == 80
-    facts += [name for name, given in named.items() if given]
-    out = torch.float32 if splits > 1 else dtype
+    tile = default_tile(kernel, n, k, group_size, dtype, bucket, chip)
+    tile = replace(tile, splits=1 if gated else splits)
+    name = f"M{bucket}" + " sm_80" * (chip.capability < 90)
+    return _compile_case(name, tile, dtype, n, k, group_size, gated, zeros, bias, pdl)
+
+
+def _compile_case(
+    name: str,
+    tile: Tile,
+    dtype: torch.dtype,
+    n: int,
+    k: int,
+    group_size: int,
+    gated: bool,
+    zeros: bool = True,
+    bias: bool = False,
+    pdl: bool = False,
+) -> CompileCase:
+    split = (tile.splits or 1) > 1
+    facts = {"zeros": zeros, "gated": gated, "split": split, "bias": bias, "pdl": pdl}
+    shape = f"{tile.block_m}x{tile.block_n}x{tile.block_k}"
+    ways = f"w{tile.num_warps} s{tile.num_stages} {tile.scale}"
+    of = f"{str(dtype).removeprefix('torch.')} K{k} g{group_size}"
+    named = [fact for fact, given in facts.items() if given]
     return CompileCase(
-        " ".join(["w4a16", *facts]),
-        _w4a16_kernel,
+        " ".join([name, shape, ways, of, *named]),
+        w4a16_kernel,
         (
-            dtype, torch.int32, dtype, torch.uint8 if zeros else None, dtype if bias else None, out,
-            bucket, n, k, 8,
+            dtype, torch.int32, dtype, torch.uint8 if zeros else None, dtype if bias else None,
+            torch.float32 if split else dtype, 16, n, k, 8,
         ),
-        _constants(tile, k, group_size, gated),
-        _options(tile),
+        _constants(tile, k, group_size, gated, pdl),
+        _options(tile, pdl),
         elements=tile.block_n * tile.block_k,
-        min_capability=90 if pdl or wide else 80,
+        # Tiles of 64 rows and more in 4 warps are Hopper's: elsewhere they spill.
+        min_capability=80 if "sm_80" in name or (tile.block_m < 64 and not pdl) else 90,
     )  # fmt: skip

@@ -1,16 +1,18 @@
 """How the W4A16 product is cut: tile shapes by number of rows, and parts along K.
 
-kernels/gpu/tiles.py's tuned tiles come first, under "w4a16" and "w4a16_gated"; these are for
-shapes it does not know.
+kernels/gpu/tiles.py's tuned tiles come first, under "w4a16" and "w4a16_gated", by n, k, group and
+m, a bucket of rows; these are for shapes it does not know.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
-from typing import Literal
+from itertools import product
+from typing import Any, Literal, TypeAlias
 
 import torch
 
 from kernels.gpu import tiles
+from kernels.gpu.chip import HOPPER, Chip
 
 # More rows are multiplied by cuBLAS, after the weight is dequantised for them.
 MAX_KERNEL_ROWS = 768
@@ -19,15 +21,7 @@ MAX_SPLITS = 8
 PROGRAMS_PER_SM = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Chip:
-    """What a launch depends on."""
-
-    num_sms: int
-    capability: int
-
-
-HOPPER = Chip(num_sms=132, capability=90)  # H100, H200; assumed where there is no GPU to ask
+Scale: TypeAlias = Literal["after", "before"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +33,8 @@ class Tile:
     block_k: int
     num_warps: int
     num_stages: int
-    scale: Literal["after", "before"]
+    scale: Scale
     splits: int | None = None  # None: as many as fill the GPU
-    pdl: bool = False
 
 
 # Compiled, not timed: instructions per weight and lane of the loop, with zeros, by Triton 3.6 for
@@ -71,18 +64,75 @@ AMPERE = DEFAULTS | {
 EXACT = Tile(16, 64, 32, 4, 2, "before")
 
 
+# What tuning tries: by the most rows, block_m, block_n, block_k, warps, stages, scale.
+CANDIDATES: dict[int, tuple[tuple[int, int, int, int, int, Scale], ...]] = {
+    16: (
+        (16, 64, 128, 4, 4, "after"),
+        (16, 64, 128, 4, 6, "after"),
+        (16, 128, 128, 4, 3, "after"),
+        (16, 128, 128, 4, 4, "after"),
+        (16, 128, 128, 8, 4, "after"),
+        (16, 256, 128, 8, 3, "after"),
+        (16, 256, 128, 8, 4, "after"),
+    ),
+    32: (
+        (32, 64, 128, 4, 4, "after"),
+        (32, 128, 128, 4, 3, "after"),
+        (32, 128, 128, 4, 4, "after"),
+        (32, 128, 128, 8, 4, "after"),
+        (32, 256, 128, 8, 3, "after"),
+        (32, 256, 128, 8, 4, "after"),
+    ),
+    64: (
+        (64, 64, 128, 4, 3, "after"),
+        (64, 128, 128, 8, 3, "after"),
+        (64, 128, 128, 4, 3, "before"),
+        (64, 128, 64, 4, 4, "before"),
+        (64, 256, 64, 8, 4, "before"),
+        (64, 256, 128, 8, 3, "before"),
+    ),
+    128: (
+        (64, 128, 64, 4, 4, "before"),
+        (64, 256, 64, 8, 4, "before"),
+        (128, 128, 64, 4, 4, "before"),
+        (128, 256, 64, 8, 3, "before"),
+        (128, 256, 64, 8, 4, "before"),
+    ),
+    MAX_KERNEL_ROWS: (
+        (128, 128, 64, 4, 4, "before"),
+        (128, 256, 64, 8, 3, "before"),
+        (128, 256, 64, 8, 4, "before"),
+    ),
+}
+
+
 def bucket_of(rows: int) -> int:
     return next(bucket for bucket in BUCKETS if rows <= bucket)
 
 
-@cache
 def choose_tile(
     kernel: str, n: int, k: int, group_size: int, dtype: torch.dtype, bucket: int, chip: Chip
 ) -> Tile:
     """The tile of "w4a16" or "w4a16_gated", with its number of splits."""
-    tuned = tiles.lookup(kernel, n=n, k=k, group=group_size, m=bucket)
-    defaults = DEFAULTS if chip.capability >= 90 else AMPERE
-    tile = EXACT if dtype == torch.float32 else Tile(**tuned) if tuned else defaults[bucket]
+    tuned = None
+    if dtype != torch.float32:
+        tuned = tiles.lookup(kernel, n=n, k=k, group=group_size, m=bucket)
+    if tuned is None:
+        return default_tile(kernel, n, k, group_size, dtype, bucket, chip)
+    return fit(Tile(**tuned), kernel, n, k, group_size, bucket, chip)
+
+
+def default_tile(
+    kernel: str, n: int, k: int, group_size: int, dtype: torch.dtype, bucket: int, chip: Chip
+) -> Tile:
+    by_rows = DEFAULTS if chip.capability >= 90 else AMPERE
+    tile = EXACT if dtype == torch.float32 else by_rows[bucket]
+    return fit(tile, kernel, n, k, group_size, bucket, chip)
+
+
+@cache
+def fit(tile: Tile, kernel: str, n: int, k: int, group_size: int, bucket: int, chip: Chip) -> Tile:
+    """The tile, cut where this product asks for it, with a number of splits."""
     gated = kernel == "w4a16_gated"
     # A gated program's rows are two halves of whole tiles.
     tile = replace(
@@ -98,16 +148,19 @@ def choose_tile(
     return replace(tile, splits=1 if gated else -(-steps // steps_per_split))
 
 
-@cache
-def chip_of(device: torch.device) -> Chip:
-    if device.type != "cuda":
-        return HOPPER
-    properties = torch.cuda.get_device_properties(device)
-    return Chip(properties.multi_processor_count, 10 * properties.major + properties.minor)
-
-
 def choose_block_k(wanted: int, k: int, group_size: int) -> int:
     """At most `wanted` inputs that have one scale; whole ones of K where that is possible."""
     period = k if group_size == k else group_size
     fits = [size for size in (128, 64, 32) if size <= wanted and period % size == 0]
     return fits[0] if fits else 32
+
+
+def candidates(kernel: str, *, n: int, k: int, group: int, m: int) -> list[dict[str, Any]]:
+    """Tiles worth a try for a bucket of rows, with splits for one, two and four programs an SM."""
+    shapes = CANDIDATES[next(most for most in CANDIDATES if m <= most)]
+    found: dict[Tile, None] = {}
+    for shape, programs in product(shapes, (1, 2, 4)):
+        wanted = programs * HOPPER.num_sms // (-(-m // shape[0]) * -(-n // shape[1]))
+        tile = replace(Tile(*shape), splits=max(1, wanted))
+        found[fit(tile, kernel, n, k, group, m, HOPPER)] = None
+    return [asdict(tile) for tile in found]

@@ -95,12 +95,8 @@ def unpack_int4(words, dtype: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.c
 @triton.jit
 def centre(weight, zero):
     """What `unpack_int4` gave -> q - zero, exact; zero uint8 [BLOCK_N], or None for 8."""
-    if weight.dtype == tl.float32:
-        base: tl.constexpr = 0.0
-    elif weight.dtype == tl.bfloat16:
-        base: tl.constexpr = 128.0
-    else:
-        base: tl.constexpr = 1024.0
+    sixteen: tl.constexpr = 128.0 if weight.dtype == tl.bfloat16 else 1024.0
+    base: tl.constexpr = 0.0 if weight.dtype == tl.float32 else sixteen
     if zero is None:
         centred = weight - (base + 8.0)
     else:
