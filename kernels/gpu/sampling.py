@@ -40,7 +40,7 @@ from kernels.gpu.sampling_table import (
 BLOCK = 2048  # one row of 128k tokens fills 63 SMs; 16 tokens per thread of 4 warps
 GROUP = 128
 TILE = 4096  # of one program that goes through a row: 8 tokens per thread of 16 warps
-CAPACITY = 8192  # tokens at or above the floor that are gathered
+CAPACITY = 16384  # tokens at or above the floor that are gathered; 8 bytes each per row
 # Bits of a float32 that the type leaves zero.
 _ZERO_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 

@@ -73,6 +73,11 @@ def test_greedy_is_the_lowest_of_the_greatest(dtype: torch.dtype, vocab_size: in
     assert sampler(padded, [2, 0, 1], *new).token_ids.tolist() == expected
 
 
+def use_small_tiles(patch: pytest.MonkeyPatch, capacity: int = 512) -> None:
+    for name, value in (("BLOCK", 64), ("GROUP", 16), ("TILE", 128), ("CAPACITY", capacity)):
+        patch.setattr(sampling, name, value)
+
+
 LIMITS: list[dict[str, float]] = [
     {},
     {"temperature": 0.01},
@@ -113,9 +118,7 @@ def test_the_token_is_the_winner_of_those_that_stay(
     limits: dict[str, Any], geometry: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if geometry in ("gathered", "on the row"):
-        capacity = 512 if geometry == "gathered" else 4
-        for name, value in (("BLOCK", 64), ("GROUP", 16), ("TILE", 128), ("CAPACITY", capacity)):
-            monkeypatch.setattr(sampling, name, value)
+        use_small_tiles(monkeypatch, capacity=512 if geometry == "gathered" else 4)
     rows = adversarial_rows(300)
     rows = rows.bfloat16() if geometry == "bfloat16" else rows
     params, seeds = SamplingParams(**limits), [11, -5, 2**62 + 3, 7, 8, 9]
@@ -131,7 +134,7 @@ def test_the_token_is_the_winner_of_those_that_stay(
 
 def test_of_equal_tokens_the_lowest_ids_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     """0.3 of ten are three: in float32 they would be four."""
-    monkeypatch.setattr(sampling, "TILE", 16)
+    use_small_tiles(monkeypatch)
     tokens = sample_rows(torch.zeros(8, 10), SamplingParams(top_p=0.3), range(8))
     assert set(tokens) == {0, 1, 2}
     tokens = sample_rows(torch.zeros(8, 10), SamplingParams(top_k=4), range(8))
@@ -147,7 +150,10 @@ def test_the_noise_gives_each_token_its_probability() -> None:
     assert chisquare(observed, probabilities * len(drawn)).pvalue > 1e-3
 
 
-def test_draws_of_a_batch_have_the_distribution_of_the_softmax() -> None:
+def test_draws_of_a_batch_have_the_distribution_of_the_softmax(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    use_small_tiles(monkeypatch)
     logits = torch.tensor([0.5, -1.0, 1.5, 0.0, 1.0, -2.0]).expand(250, 6)
     observed = np.bincount(sample_rows(logits, SamplingParams(temperature=1.3), range(250)))
     probabilities = (logits[0].double() / 1.3).softmax(0).numpy()
