@@ -16,6 +16,7 @@ help:
 	@echo "make chaos     faults at random under a load that verifies every token, 10 minutes  (ARGS=\"--minutes 2\")"
 	@echo "make check     ruff format, ruff, mypy"
 	@echo "make bench     every benchmark, then docs/benchmarks.md"
+	@echo "make gpu-bench the kernels and the engine checked and timed on this machine's GPU  (ARGS=\"tune\")"
 
 install: $(STAMP)
 
@@ -54,6 +55,7 @@ bench: install
 	@$(VENV)/bin/python -m benchmarks.failover
 	@$(VENV)/bin/python -m benchmarks.routing
 	@$(VENV)/bin/python -m benchmarks.weights
+	@$(VENV)/bin/python -m benchmarks.kv_quality
 	@$(VENV)/bin/python -m benchmarks.autoscaling
 	@$(VENV)/bin/python -m benchmarks.autoscaling --proxy default
 	@$(VENV)/bin/python -m benchmarks.simulate
@@ -61,4 +63,8 @@ bench: install
 	@$(VENV)/bin/python -m benchmarks.parallel
 	@$(VENV)/bin/python -m benchmarks.report
 
-.PHONY: help install serve test coverage chaos check bench
+# Without .venv as well: a machine with a GPU may have torch, Triton and transformers and no network.
+gpu-bench:
+	@$(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON)) -m benchmarks.gpu $(ARGS)
+
+.PHONY: help install serve test coverage chaos check bench gpu-bench

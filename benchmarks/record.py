@@ -28,17 +28,23 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
 
-def save(name: str, title: str, tables: list[Table]) -> Path:
-    """Write results/NAME.json, over an earlier one."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def save(
+    name: str,
+    title: str,
+    tables: list[Table],
+    folder: Path = RESULTS,
+    device: dict[str, str] | None = None,
+) -> Path:
+    """Write NAME.json, over an earlier one; `device`: what computed, where it is not the CPU."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
     record = {
         "name": name,
         "title": title,
         "command": _command(),
         "revision": _revision(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": machine(),
+        "machine": (device or {}) | machine(),
         "tables": [asdict(table) for table in tables],
     }
     path.write_text(json.dumps(record, indent=1) + "\n")
@@ -63,7 +69,8 @@ def text(cell: str | float) -> str:
 
 def machine() -> dict[str, str]:
     """What the numbers depend on."""
-    versions = {name: metadata.version(name) for name in PACKAGES}
+    installed = {found.name for found in metadata.distributions()}
+    versions = {name: metadata.version(name) for name in PACKAGES if name in installed}
     return {
         "cpu": _cpu_name(),
         "cores": str(len(os.sched_getaffinity(0))),

@@ -18,10 +18,10 @@ from kernels.gpu.compile import (
     compile_case,
     compiling,
     jobs,
-    main_loop,
     modules,
     table,
 )
+from kernels.gpu.sass import main_loop
 from tests.spilling_kernel import case
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")

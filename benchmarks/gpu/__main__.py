@@ -1,12 +1,11 @@
 """One run: every kernel and the engine checked, then timed beside their peers, in nine minutes.
 
-    python -m benchmarks.gpu [STAGE ...] [--json FILE]   on a GPU; $OUT/gpu.json, without $OUT
-                                                          benchmarks/results/gpu.json
-    python -m benchmarks.gpu --rehearse                  the same stages on tiny shapes, no GPU
-    python -m benchmarks.gpu tune                        writes configs/kernels/<gpu>.json
+    python -m benchmarks.gpu [STAGE ...]   on a GPU: gpu.json in $OUT or benchmarks/results
+    python -m benchmarks.gpu tune          writes configs/kernels/<gpu>.json
+    python -m benchmarks.gpu --rehearse    the same stages on tiny shapes, without a GPU
 
 It needs torch, triton, transformers, safetensors and numpy, no network, and neither Ray nor
-FastAPI. With names of stages only those run, and the rest of the file stays.
+FastAPI. With names of stages only those run, and the others' numbers stay.
 """
 
 import argparse
@@ -18,6 +17,7 @@ from pathlib import Path
 from benchmarks.gpu import stages, summary
 from benchmarks.gpu.bench import Report
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "kernels"
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
@@ -27,19 +27,36 @@ def main() -> int:
     if arguments.in_process:
         stages.run_here(names, arguments.json, arguments.seconds, arguments.rehearse)
         return 0
-    if arguments.rehearse and arguments.json is None:
-        with tempfile.TemporaryDirectory() as folder:
-            return _run(names, Path(folder) / "gpu.json", rehearse=True)
-    path = arguments.json or Path(os.environ.get("OUT", RESULTS)) / "gpu.json"
-    if not arguments.stages:
+    if not arguments.rehearse:
+        return _run(names, arguments.out, fresh=not arguments.stages)
+    with tempfile.TemporaryDirectory() as folder:
+        path = arguments.json or Path(folder) / "stages.json"
+        return _rehearse(arguments.stages or [*names, "tune"], path)
+
+
+def _run(names: list[str], out: Path, fresh: bool) -> int:
+    """The record is out/gpu.json, every number behind it out/gpu/stages.json."""
+    path = out / "gpu" / "stages.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if fresh:
         path.unlink(missing_ok=True)
-    return _run(names, path, arguments.rehearse)
+    if "tune" in names and "ceilings" not in names:
+        names = ["ceilings", *names]
+    report = stages.run_all(names, path, False, lambda report: summary.save(report, out))
+    if "tune" in names and report["tune"].get("kernels"):
+        from benchmarks.gpu.tune import write
 
-
-def _run(names: list[str], path: Path, rehearse: bool) -> int:
-    report = stages.run_all(names, path, rehearse)
+        for folder in {CONFIGS, path.parent}:
+            print(f"written to {write(report, folder)}")
     summary.show(report)
-    print(f"written to {path}")
+    print(f"written to {out / 'gpu.json'} and {path}")
+    return 0 if _is_right(report, names) else 1
+
+
+def _rehearse(names: list[str], path: Path) -> int:
+    report = stages.run_all(names, path, True, lambda report: None)
+    summary.save(report, path.parent)
+    summary.show_stages(report)
     return 0 if _is_right(report, names) else 1
 
 
@@ -55,13 +72,17 @@ def _is_right(report: Report, names: list[str]) -> bool:
 
 
 def _arguments() -> argparse.Namespace:
-    known = [stage.name for stage in stages.STAGES]
+    known = [stage.name for stage in (*stages.STAGES, stages.TUNE)]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description="Check and time Manta on a GPU."
     )
-    parser.add_argument("stages", nargs="*", help=f"of {', '.join(known)}, or tune; all without")
+    parser.add_argument(
+        "stages", nargs="*", help=f"of {', '.join(known)}; without any all but tune"
+    )
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes, in the interpreter")
-    parser.add_argument("--json", type=Path, help="where the report goes")
+    out = Path(os.environ.get("OUT", RESULTS))
+    parser.add_argument("--out", type=Path, default=out, help="folder of gpu.json")
+    parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=600.0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -5,6 +5,7 @@ data. Outputs are poisoned with NaN before a check. In the interpreter a time is
 and says nothing; what it shows is that the script works.
 """
 
+import importlib
 import itertools
 import json
 import math
@@ -129,7 +130,7 @@ class Bench:
             return 0.0
         torch.cuda.synchronize()
         start, end = _event(), _event()
-        torch.cuda._sleep(100_000_000)  # cycles
+        torch.cuda._sleep(100_000_000)  # type: ignore[no-untyped-call] # cycles
         start.record()
         for _ in range(count):
             call()
@@ -182,10 +183,8 @@ def copies(x: Tensor, count: int) -> list[Tensor]:
     return list(x.expand(count, *x.shape).contiguous().unbind(0))
 
 
-def run_stage(
-    run: Callable[[Bench], None], name: str, plan: Plan, path: Path, seconds: float
-) -> None:
-    """One stage in this process; its section of the report says how it ended."""
+def run_stage(name: str, plan: Plan, path: Path, seconds: float) -> None:
+    """A stage, a module of this package, in this process; its section says how it ended."""
     started = time.monotonic()
     report: Report = json.loads(path.read_text()) if path.exists() else {}
     section: Report = {"ended": "unfinished"}
@@ -194,8 +193,9 @@ def run_stage(
     torch.set_float32_matmul_precision("highest")  # the references are float32
     torch.manual_seed(0)
     try:
+        stage = importlib.import_module(f"benchmarks.gpu.{name}")
         with torch.inference_mode():
-            run(bench)
+            stage.run(bench)
         section["ended"] = "complete"
     except OutOfTimeError:
         section["ended"] = "out of time"

@@ -3,13 +3,12 @@
 A fault or a hang in one does not lose the others: the report is on disk after every step.
 """
 
-import importlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,11 +42,14 @@ STAGES = (
     Stage("prefill_attention", 30),
     Stage("dependent_launch", 15),
 )
+TUNE = Stage("tune", 480)  # on demand only
 
 
-def run_all(names: Sequence[str], path: Path, rehearse: bool) -> Report:
+def run_all(
+    names: Sequence[str], path: Path, rehearse: bool, after_each: Callable[[Report], object]
+) -> Report:
     """The stages' report. A rehearsal has nothing to protect and takes one process for all."""
-    wanted = [stage for stage in STAGES if stage.name in names]
+    wanted = [stage for stage in (*STAGES, TUNE) if stage.name in names]
     if rehearse:
         _start([stage.name for stage in wanted], path, 600.0, rehearse)
         return read_report(path)
@@ -59,6 +61,7 @@ def run_all(names: Sequence[str], path: Path, rehearse: bool) -> Report:
             continue
         print(f"== {stage.name}", flush=True)
         _start([stage.name], path, min(stage.seconds, left), rehearse)
+        after_each(read_report(path))
     return read_report(path)
 
 
@@ -89,8 +92,7 @@ def run_here(names: Sequence[str], path: Path, seconds: float, rehearse: bool) -
     sizes = plan.REHEARSAL if rehearse else plan.GPU
     for name in names:
         started = time.monotonic()
-        stage = importlib.import_module(f"benchmarks.gpu.{name}")
-        run_stage(stage.run, name, sizes, path, seconds - (time.monotonic() - started))
+        run_stage(name, sizes, path, seconds - (time.monotonic() - started))
 
 
 def read_report(path: Path) -> Report:

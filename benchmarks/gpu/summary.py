@@ -1,10 +1,12 @@
-"""The short tables at the end of a run; benchmarks/report.py renders the same ones."""
+"""The short tables of a run, on the screen and for docs/benchmarks.md."""
 
-from dataclasses import asdict
+from pathlib import Path
 
 from benchmarks.gpu.bench import Report
 from benchmarks.gpu.targets import linear_sums, targets
-from benchmarks.record import Table, show as show_table, text
+from benchmarks.record import Table, text
+from benchmarks.record import save as save_record
+from benchmarks.record import show as show_table
 
 
 def show(report: Report) -> None:
@@ -12,19 +14,20 @@ def show(report: Report) -> None:
         show_table(table)
 
 
+def show_stages(report: Report) -> None:
+    show_table(_stages(report))
+
+
 def tables(report: Report) -> list[Table]:
     made = [_linears(report), _decode_attention(report), _engine(report), _targets(report)]
     return [table for table in [*made, _stages(report)] if table.rows]
 
 
-def machine(report: Report) -> dict[str, str]:
-    """Of the device that the numbers come from."""
+def save(report: Report, folder: Path) -> Path:
+    """A record beside those of the other benchmarks."""
     device = report.get("ceilings", {}).get("device", {})
-    return {key: str(device[key]) for key in ("name", "torch", "triton", "cuda") if key in device}
-
-
-def records(report: Report) -> list[dict[str, object]]:
-    return [asdict(table) for table in tables(report)]
+    facts = {key: str(device[key]) for key in ("name", "triton", "cuda") if key in device}
+    return save_record("gpu", "GPU", tables(report), folder, facts)
 
 
 def _stages(report: Report) -> Table:
@@ -104,4 +107,4 @@ def _over(numerator: float | None, denominator: float | None) -> float | None:
 
 
 def _cell(value: float | None) -> str | float:
-    return "–" if value is None else value
+    return "-" if value is None else value

@@ -16,18 +16,17 @@ import multiprocessing
 import os
 import pkgutil
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kernels.gpu import tiles
+from kernels.gpu.sass import disassemble, main_loop
 
 TABLE = Path(__file__).with_name("instructions.json")
 CAPABILITIES = (80, 90)
@@ -88,7 +87,7 @@ def compile_case(case: CompileCase, capability: int) -> Compiled:
     source = ASTSource(case.kernel, signature, constants, attributes)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options=dict(case.options))
-    registers, stack, code = _disassemble(compiled.asm["cubin"])
+    registers, stack, code = disassemble(compiled.asm["cubin"])
     threads = 32 * case.options.get("num_warps", 4)
     loop = len(main_loop(code)) if case.elements else 0
     return Compiled(
@@ -139,43 +138,6 @@ def _type(argument: torch.dtype | float) -> str:
     return "i32" if abs(argument) < 2**31 else "i64"
 
 
-def _disassemble(cubin: bytes) -> tuple[int, int, list[str]]:
-    """Registers, bytes of stack, and the lines of code and of labels."""
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-
-        def tool(name: str, flag: str) -> str:
-            command = [str(tools / name), flag, str(path)]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        usage = re.search(r"REG:(\d+) STACK:(\d+)", tool("cuobjdump", "-res-usage"))
-        lines = tool("nvdisasm", "-c").splitlines()
-    assert usage is not None, "cuobjdump tells no registers"
-    code = [line for line in lines if _LABEL.match(line) or _INSTRUCTION.search(line)]
-    return int(usage[1]), int(usage[2]), code
-
-
-_LABEL = re.compile(r"\s*(\.L_x_\d+):")
-_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,5}\*/\s+\S")
-_BRANCH = re.compile(r"BRA\b.*`\((\.L_x_\d+)\)")
-
-
-def main_loop(code: Sequence[str]) -> list[str]:
-    """Instructions of the longest loop, of one with matrix instructions if there is one."""
-    labels = {match[1]: i for i, line in enumerate(code) if (match := _LABEL.match(line))}
-    loops: list[list[str]] = [[]]
-    for i, line in enumerate(code):
-        branch = _BRANCH.search(line)
-        # A branch to itself follows the last EXIT.
-        if branch and labels[branch[1]] < i - 1:
-            loops.append([x for x in code[labels[branch[1]] : i + 1] if not _LABEL.match(x)])
-    return max(loops, key=lambda loop: (any("MMA" in line for line in loop), len(loop)))
-
-
 def modules() -> list[str]:
     """Names of the modules of kernels/gpu that list cases."""
     package = importlib.import_module("kernels.gpu")
@@ -188,11 +150,18 @@ def cases(module: str) -> list[CompileCase]:
     listed: list[CompileCase] = list(_module(module).compile_cases())
     assert len({case.label for case in listed}) == len(listed), f"{module} repeats a label"
     for path in sorted(tiles.FOLDER.glob("*.json")):
-        for kernel, table in tiles.tables(path).items():
+        for kernel, tuned in tiles.tables(path).items():
             if tiles.module_of(kernel) == module:
-                case = _module(module).tile_case
-                listed += [case(kernel, dict(key), tile) for key, tile in table.items()]
+                listed += [_tuned_case(module, kernel, *entry) for entry in tuned.items()]
     return list({case.label: case for case in listed}.values())
+
+
+def _tuned_case(
+    module: str, kernel: str, key: tuple[tuple[str, int | str], ...], tile: tiles.Tile
+) -> CompileCase:
+    case: CompileCase = _module(module).tile_case(kernel, dict(key), tile)
+    named = [f"{name} {value}" for name, value in (*key, *tile.items())]
+    return replace(case, label=", ".join([f"{kernel} tuned", *named]))
 
 
 def _module(name: str) -> Any:

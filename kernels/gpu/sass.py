@@ -1,0 +1,43 @@
+"""Machine code of compiled kernels: registers, stack, and the loop in which the time goes."""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+_LABEL = re.compile(r"\s*(\.L_x_\d+):")
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,5}\*/\s+\S")
+_BRANCH = re.compile(r"BRA\b.*`\((\.L_x_\d+)\)")
+
+
+def disassemble(cubin: bytes) -> tuple[int, int, list[str]]:
+    """Registers, bytes of stack, and the lines of code and of labels."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+
+        def tool(name: str, flag: str) -> str:
+            command = [str(tools / name), flag, str(path)]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage = re.search(r"REG:(\d+) STACK:(\d+)", tool("cuobjdump", "-res-usage"))
+        lines = tool("nvdisasm", "-c").splitlines()
+    assert usage is not None, "cuobjdump tells no registers"
+    code = [line for line in lines if _LABEL.match(line) or _INSTRUCTION.search(line)]
+    return int(usage[1]), int(usage[2]), code
+
+
+def main_loop(code: Sequence[str]) -> list[str]:
+    """Instructions of the longest loop, of one with matrix instructions if there is one."""
+    labels = {match[1]: i for i, line in enumerate(code) if (match := _LABEL.match(line))}
+    loops: list[list[str]] = [[]]
+    for i, line in enumerate(code):
+        branch = _BRANCH.search(line)
+        # A branch to itself follows the last EXIT.
+        if branch and labels[branch[1]] < i - 1:
+            loops.append([x for x in code[labels[branch[1]] : i + 1] if not _LABEL.match(x)])
+    return max(loops, key=lambda loop: (any("MMA" in line for line in loop), len(loop)))
