@@ -42,11 +42,12 @@ class Tile:
 #   16 x  64 x 128  3.52        32 x 128 x 128  2.60        128 x 128 x 64  4.45
 #   16 x 128 x 128  2.43        64 x 128 x 128  3.50        128 x 256 x 64  4.09
 # In groups of 64 the second is 3.23 and of 32 3.51, two and four groups in a step.
-# 64 outputs where a few rows of x are read: as many programs with half the parts to add up. From
+# 64 outputs where a few rows of x are read: as many programs with half the parts to add up; of 6
+# stages, because a step is 4 KiB and the memory wants 26 KiB on the way to each SM. From
 # 16 rows on x weighs as much as 64 outputs' weights, and every program reads it from L2. "before"
 # needs 128 outputs per 4 warps: with 64 the scales' layout costs 6 instructions.
 DEFAULTS = {
-    4: Tile(16, 64, 128, 4, 4, "after"),
+    4: Tile(16, 64, 128, 4, 6, "after"),
     16: Tile(16, 128, 128, 4, 4, "after"),
     32: Tile(32, 128, 128, 4, 4, "after"),
     64: Tile(64, 128, 128, 4, 3, "before"),
@@ -149,7 +150,7 @@ def fit(tile: Tile, kernel: str, n: int, k: int, group_size: int, bucket: int, c
     )
     steps = -(-k // tile.block_k)
     programs = -(-bucket // tile.block_m) * -(-n // tile.block_n)
-    splits = tile.splits or max(1, PROGRAMS_PER_SM * chip.num_sms // programs)
+    splits = tile.splits or max(1, round(PROGRAMS_PER_SM * chip.num_sms / programs))
     # The same number of steps for every part, and no part without any.
     steps_per_split = -(-steps // min(splits, MAX_SPLITS, steps))
     return replace(tile, splits=1 if gated else -(-steps // steps_per_split))
