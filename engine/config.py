@@ -51,6 +51,8 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     int8_activations: bool = False  # CPU: rows to int8, lm_head too; faster, not exact
     num_threads: int | None = None  # CPU threads of each rank; None: cores / ranks of the node
+    enable_cuda_graphs: bool = True  # GPU, pp 1: steps of decode rows alone are replayed
+    enable_async_scheduling: bool = True  # GPU, pp 1: the next step is launched while one runs
     seed: int | None = None  # draws of requests without a seed; None: different at every start
     step_timeout_s: int = 120  # a step that takes longer counts as hung
     # CPU: directory of packed weights that all engines of a node map; auto: manta in
@@ -143,6 +145,12 @@ _POSITIVE = (
     "step_timeout_s",
     "max_weights_cache_bytes",
 )
+_SWITCHES = (
+    "enable_prefix_caching",
+    "int8_activations",
+    "enable_cuda_graphs",
+    "enable_async_scheduling",
+)
 _CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("auto", "bfloat16", "float16", "float32"),
     "device": ("auto", "cpu", "cuda"),
@@ -163,9 +171,9 @@ def _check_types(config: EngineConfig) -> None:
             raise ConfigError(f"{name} must be an integer, got {value!r}")
     policy = config.quant_policy
     if isinstance(policy, bool) or not isinstance(policy, int) or policy not in QUANT_POLICIES:
-        allowed = ", ".join(map(str, QUANT_POLICIES))
-        raise ConfigError(f"quant_policy must be one of {allowed}, got {policy!r}")
-    for name in ("enable_prefix_caching", "int8_activations"):
+        policies = ", ".join(map(str, QUANT_POLICIES))
+        raise ConfigError(f"quant_policy must be one of {policies}, got {policy!r}")
+    for name in _SWITCHES:
         if not isinstance(getattr(config, name), bool):
             raise ConfigError(f"{name} must be true or false, got {getattr(config, name)!r}")
     share = config.cache_max_entry_count

@@ -28,6 +28,14 @@ class EngineInfo:
     max_in_flight: int = 1
 
 
+class PendingStep(Protocol):
+    """A step that a worker has launched."""
+
+    def get(self) -> StepResult:
+        """Blocks until the sampled tokens are known."""
+        ...
+
+
 class Executor(Protocol):
     info: EngineInfo
 

@@ -3,14 +3,17 @@
 All layers are on every rank; with stages of layers it is engine/pipeline.py.
 """
 
+from collections import deque
+
 import numpy as np
 
 from engine.batch import Batch, Sampling
 from engine.config import EngineConfig
+from engine.executor import PendingStep
 from engine.outputs import StepResult
 from engine.parallel import ParallelGroup
 from engine.weights.peers import Peers
-from engine.worker import Worker
+from engine.worker import AnyWorker, make_worker
 
 
 class LocalExecutor:
@@ -21,28 +24,28 @@ class LocalExecutor:
         peers: Peers | None = None,
     ) -> None:
         self._group = group or ParallelGroup()
-        self._worker = Worker(config, self._group, peers)
-        self._result: StepResult | None = None
+        self._worker = make_worker(config, self._group, peers)
+        self._launched: deque[PendingStep] = deque()
         self.info = self._worker.info
 
     def launch(self, batch: Batch, sampling: Sampling) -> None:
         self._group.broadcast_array(batch.buffer)
-        self._result = self._worker.execute(batch, sampling)
+        step = self._worker.launch(batch, sampling)
+        assert step is not None, "rank 0 samples"
+        self._launched.append(step)
 
     def collect(self) -> StepResult:
-        result, self._result = self._result, None
-        assert result is not None, "a step was launched, and rank 0 samples"
-        return result
+        return self._launched.popleft().get()
 
     def close(self) -> None:
         self._group.broadcast_array(STOP)
         self._group.leave()
 
 
-def follow(worker: Worker, group: ParallelGroup) -> None:
+def follow(worker: AnyWorker, group: ParallelGroup) -> None:
     """The loop of ranks 1 and up: compute what rank 0 sends until it says stop."""
     while len(buffer := group.broadcast_array(None)) > 0:
-        worker.execute(Batch.unpack(buffer), None)
+        worker.launch(Batch.unpack(buffer), None)
     group.leave()
 
 

@@ -127,6 +127,11 @@ class ParallelGroup:
             dist.all_reduce(x, group=self.tensors)
         return x
 
+    def broadcast(self, x: torch.Tensor) -> None:
+        """The stage's rank 0 sends, the others receive, in place."""
+        if self.size > 1:
+            dist.broadcast(x, group=self.tensors, group_src=0)
+
     def gather_columns(self, x: torch.Tensor) -> torch.Tensor | None:
         """[M, N/size] of every rank joined to [M, N] on the stage's rank 0; None on the others."""
         if self.size == 1:

@@ -23,7 +23,7 @@ from engine.local_executor import STOP
 from engine.outputs import StepResult
 from engine.parallel import ParallelGroup
 from engine.weights.peers import Peers
-from engine.worker import Worker
+from engine.worker import AnyWorker, make_worker
 
 
 class PipelineExecutor:
@@ -34,7 +34,7 @@ class PipelineExecutor:
     ) -> None:
         assert group.num_stages > 1
         self._group = group
-        self._worker = Worker(config, group, peers)
+        self._worker = make_worker(config, group, peers)
         self._links = StageLinks(group, self._worker, config.max_num_batched_tokens)
         self.info = self._worker.info
 
@@ -52,7 +52,7 @@ class PipelineExecutor:
         self._group.leave()
 
 
-def follow_stage(config: EngineConfig, worker: Worker, group: ParallelGroup) -> None:
+def follow_stage(config: EngineConfig, worker: AnyWorker, group: ParallelGroup) -> None:
     """The loop of every other rank: compute what comes, hand it on, until rank 0 says stop."""
     links = StageLinks(group, worker, config.max_num_batched_tokens)
     while (step := links.receive_step()) is not None:
@@ -72,7 +72,7 @@ def follow_stage(config: EngineConfig, worker: Worker, group: ParallelGroup) -> 
 class StageLinks:
     """One rank's connections to its neighbours in the stages before and after."""
 
-    def __init__(self, group: ParallelGroup, worker: Worker, max_num_tokens: int) -> None:
+    def __init__(self, group: ParallelGroup, worker: AnyWorker, max_num_tokens: int) -> None:
         self._group = group
         self._before = group.global_rank - group.size
         self._after = group.global_rank + group.size
@@ -80,9 +80,9 @@ class StageLinks:
         # A step's hidden states are used up before the next step's are received.
         self._hidden = torch.empty(
             0 if group.stage == 0 else max_num_tokens,
-            worker.spec.hidden_size,
-            dtype=worker.dtype,
-            device=worker.device,
+            worker.model.spec.hidden_size,
+            dtype=worker.model.dtype,
+            device=worker.model.tensor_device,
         )
         # A tensor must live until it is sent. Those of the step before the last `num_stages`
         # are: no more steps are in flight.

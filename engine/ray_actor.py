@@ -27,7 +27,7 @@ from engine.sequence import EngineRequest
 
 if TYPE_CHECKING:
     from engine.parallel import ParallelGroup
-    from engine.worker import Worker
+    from engine.worker import AnyWorker
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class EngineActor:
     def _prepare(self) -> RankInfo:
         # Not at the top: the owner imports this module too, and torch costs it 1.5 s.
         from engine.parallel import listen
-        from engine.worker import resolve_device
+        from engine.rank_model import resolve_device
 
         context = ray.get_runtime_context()
         address = ""
@@ -127,7 +127,7 @@ class EngineActor:
 
     def _join(self, address: str, num_neighbours: int) -> None:
         from engine.parallel import ParallelGroup
-        from engine.worker import resolve_device
+        from engine.rank_model import resolve_device
 
         config = self._config
         self._group = ParallelGroup.join(
@@ -144,12 +144,12 @@ class EngineActor:
         from engine.local_executor import LocalExecutor
         from engine.parallel import ParallelGroup
         from engine.pipeline import PipelineExecutor
-        from engine.worker import Worker
+        from engine.worker import make_worker
 
         config, group = self._config, self._group or ParallelGroup()
         peers = RayPeers.of(config)
         if self._rank > 0:
-            worker = Worker(config, group, peers)
+            worker = make_worker(config, group, peers)
             threading.Thread(target=_follow, args=(config, worker, group), daemon=True).start()
             return None
         make = LocalExecutor if config.pp == 1 else PipelineExecutor
@@ -165,7 +165,7 @@ class EngineActor:
         return engine.info
 
 
-def _follow(config: EngineConfig, worker: "Worker", group: "ParallelGroup") -> None:
+def _follow(config: EngineConfig, worker: "AnyWorker", group: "ParallelGroup") -> None:
     """Compute what rank 0 sends; a fault ends the process, which the owner's parked call sees."""
     from engine.local_executor import follow
     from engine.pipeline import follow_stage

@@ -22,7 +22,7 @@ from kernels.cpu import check_dense, library_for
 from kernels.gpu.step import GpuStep
 from kernels.kv_layout import LayerCache
 from kernels.norm import head_rms_norm_
-from kernels.partials import Partials
+from kernels.partials import Partials, summed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,8 +60,7 @@ def rope_and_store(
         return rope_store.rope_and_store(
             qkv, qk_norm, eps, table, positions, cache, meta, num_heads, num_kv_heads, head_dim
         )
-    projected = qkv.sum() if isinstance(qkv, Partials) else qkv
-    heads = projected.view(-1, num_heads + 2 * num_kv_heads, head_dim)
+    heads = summed(qkv).view(-1, num_heads + 2 * num_kv_heads, head_dim)
     qk = heads[:, : num_heads + num_kv_heads]
     if qk_norm is not None:
         head_rms_norm_(qk, qk_norm, eps)

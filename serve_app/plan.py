@@ -14,7 +14,7 @@ from engine.errors import ConfigError
 from engine.kv_cache import bytes_per_block, check_head_dim
 from engine.models import DecoderSpec, check_tp, resolve_dtype, stage_layers
 from engine.models.footprint import Footprint, footprint
-from engine.worker import block_size_of, session_limit
+from engine.rank_model import block_size_of, session_limit
 from serve_app.plan_gpus import Memory
 
 MAX_TP = 8  # ranks to try when nobody said how many GPUs there are

@@ -10,8 +10,8 @@ from engine.models import load_spec
 from engine.models.footprint import checkpoint_bytes
 from engine.models.hf_config import read_json
 from engine.models.spec import DecoderSpec
+from engine.rank_model import free_memory
 from engine.weights.checkpoint import INDEX_FILE
-from engine.worker import free_memory
 from serve_app.plan import Device, Planner
 from serve_app.plan_gpus import Memory, known_gpu, read_size
 from serve_app.plan_report import to_json, to_text

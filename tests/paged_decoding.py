@@ -30,7 +30,6 @@ class PagedDecoder:
         int8_activations: bool = False,
         cache: WeightCache | None = None,
         quant_policy: int = 0,
-        block_size: int = BLOCK_SIZE,
     ) -> None:
         group = group or ParallelGroup()
         self.spec = load_spec(path)
@@ -44,11 +43,11 @@ class PagedDecoder:
             int8_activations=int8_activations,
             cache=cache,
         )
-        self._block_size = block_size
+        self._block_size = 16 if quant_policy else BLOCK_SIZE
         self.kv_cache = KVCache.allocate(
             self.spec,
             NUM_BLOCKS,
-            block_size,
+            self._block_size,
             dtype,
             "cpu",
             group.size,
@@ -143,6 +142,7 @@ class Replay:
     prompt: list[int]
     output: list[int]
     cache: Path | None = None
+    quant_policy: int = 0
 
 
 def replay_rank(rank: int, address: str, out: Path, jobs: Sequence[Replay]) -> None:
@@ -158,4 +158,6 @@ def replay_rank(rank: int, address: str, out: Path, jobs: Sequence[Replay]) -> N
 
 def _replay(job: Replay, group: ParallelGroup) -> Tensor | None:
     cache = None if job.cache is None else WeightCache(job.cache, 1 << 30)
-    return PagedDecoder(job.path, job.dtype, group, cache=cache).replay(job.prompt, job.output)
+    policy = job.quant_policy
+    decoder = PagedDecoder(job.path, job.dtype, group, cache=cache, quant_policy=policy)
+    return decoder.replay(job.prompt, job.output)

@@ -10,8 +10,8 @@ import pytest
 
 from engine.errors import CheckpointError
 from engine.models import DecoderSpec, load_spec
+from engine.rank_model import check_same
 from engine.weights.origin import Origin, settings_files
-from engine.worker import check_same
 from tests.tiny_models import tiny_model
 
 

@@ -159,10 +159,16 @@ def test_blocks_of_a_worker(
     worker = Worker(config, ParallelGroup())
     (plan,) = Planner(spec, config, "cpu").plan(memory, num_gpus=1).rows
     assert plan.free_bytes == free
-    assert plan.kv_tokens == worker.num_blocks * worker.block_size
-    assert plan.num_sequences == min(3, worker.num_blocks // 2)
+    assert plan.kv_tokens == worker.info.num_blocks * worker.info.block_size
+    assert plan.num_sequences == min(3, worker.info.num_blocks // 2)
     cache = KVCache.allocate(
-        spec, worker.num_blocks, worker.block_size, FP32, "cpu", 1, quant_policy=quant_policy
+        spec,
+        worker.info.num_blocks,
+        worker.info.block_size,
+        FP32,
+        "cpu",
+        1,
+        quant_policy=quant_policy,
     )
     assert num_bytes(cache, set()) == plan.kv_tokens * plan.kv_bytes_per_token
     block_bytes = bytes_per_block(spec, 16, FP32, 1, quant_policy=quant_policy)

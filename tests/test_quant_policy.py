@@ -2,7 +2,6 @@
 
 import random
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import torch
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError
-from engine.kv_cache import KVCache, bytes_per_block
+from engine.kv_cache import KVCache, bytes_per_block, check_quant_policy
 from engine.local_executor import LocalExecutor
 from engine.models import load_spec
 from engine.outputs import SequenceOutput
@@ -98,8 +97,8 @@ def test_logits_are_close_to_plain_ones(family: str, policy: int, bound: float) 
     path = tiny_model(family, hidden_size=64, head_dim=16).path
     prompt = prompts()[-1]
     plain = PagedDecoder(path).logits(prompt)
-    whole = PagedDecoder(path, quant_policy=policy, block_size=16).logits(prompt)
-    pieces = PagedDecoder(path, quant_policy=policy, block_size=16).logits(prompt, chunk=9)
+    whole = PagedDecoder(path, quant_policy=policy).logits(prompt)
+    pieces = PagedDecoder(path, quant_policy=policy).logits(prompt, chunk=9)
     error = (whole - plain).norm() / (plain - plain.mean(-1, keepdim=True)).norm()
     assert 0 < error < bound
     torch.testing.assert_close(pieces, whole, rtol=1e-3, atol=1e-3)
@@ -144,7 +143,19 @@ def test_blocks_take_the_bytes_that_are_counted(policy: int) -> None:
     assert counted < bytes_per_block(spec, 16, torch.bfloat16, 1)
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_fp8_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = load_spec(model().path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    check_quant_policy(spec, 8, "cuda")
+    check_quant_policy(spec, 16, "cpu")
+    with pytest.raises(ConfigError, match=r"capability 8\.9 or later, not 8\.6; use .* 8 or 4"):
+        check_quant_policy(spec, 16, "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    check_quant_policy(spec, 16, "cuda")
+
+
+def test_refusals() -> None:
     for policy in (2, True, "8", 8.0):
         with pytest.raises(ConfigError, match="quant_policy must be one of 0, 4, 8, 16, got"):
             EngineConfig(model="m", quant_policy=policy)  # type: ignore[arg-type]

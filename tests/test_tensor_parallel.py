@@ -33,6 +33,7 @@ CASES: dict[str, tuple[str, int | None, dict[str, Any]]] = {
     "qwen3": ("qwen3", None, {}),
     "internlm2": ("internlm2", None, {}),
     "internlm2 awq, one kv head": ("internlm2", 16, {**EVEN, "num_key_value_heads": 1}),
+    "quantised keys and values": ("llama", None, {"hidden_size": 64}),
 }
 
 
@@ -44,8 +45,10 @@ def logits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor, 
     for name, (family, group_size, config) in CASES.items():
         path = tiny_model(family, group_size, **config).path
         for dtype in (torch.float32, torch.bfloat16)[: 2 if name == "awq" else 1]:
-            decoder = PagedDecoder(path, dtype)
-            jobs.append(Replay(path, dtype, PROMPT, decoder.greedy(PROMPT, NUM_TOKENS)))
+            policy = 4 if "quantised" in name else 0
+            decoder = PagedDecoder(path, dtype, quant_policy=policy)
+            output = decoder.greedy(PROMPT, NUM_TOKENS)
+            jobs.append(Replay(path, dtype, PROMPT, output, quant_policy=policy))
             result = decoder.replay(PROMPT, jobs[-1].output)
             assert result is not None
             alone.append(result)

@@ -19,6 +19,7 @@ from engine.models.linear import (
     VocabParallelHead,
 )
 from kernels.attention import AttentionMetadata, paged_attention
+from kernels.gpu.step import GpuStep
 from kernels.kv_layout import LayerCache
 from kernels.norm import add_rms_norm
 from kernels.partials import Partials, summed
@@ -43,7 +44,7 @@ class Attention:
         hidden: Tensor,
         rotary: RotaryTable,
         positions: Tensor,
-        meta: AttentionMetadata,
+        meta: AttentionMetadata | GpuStep,
         cache: LayerCache,
     ) -> Tensor | Partials:
         q = rope_and_store(
@@ -100,13 +101,13 @@ class Decoder:
         self,
         inputs: Tensor,
         positions: Tensor,
-        meta: AttentionMetadata,
+        meta: AttentionMetadata | GpuStep,
         kv_cache: KVCache,
     ) -> Tensor:
-        """Token ids int64 [T] -> hidden [T, H], normalised; fills the KV cache.
+        """Token ids [T] -> hidden [T, H], normalised; fills the KV cache.
 
         Further stages take the hidden [T, H] of the one before, which only the last one
-        normalises. positions int64 [T].
+        normalises. Ids and positions [T] are int64, in a GpuStep int32.
         """
         added: Tensor | Partials = inputs if self.embed is None else self.embed(inputs)
         residual: Tensor | None = None
@@ -122,6 +123,6 @@ class Decoder:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor | None:
-        """hidden [L, H] of the last stage -> float32 [L, V] on its rank 0, None on the others."""
+        """hidden [L, H] of the last stage -> [L, V] on its rank 0, None on the others."""
         assert self.head is not None, "the last stage has the head"
         return self.head(hidden)

@@ -13,6 +13,7 @@ from engine.parallel import ParallelGroup
 from kernels.activation import silu_mul
 from kernels.dense_linear import DenseWeight, dense_linear
 from kernels.embedding import embed
+from kernels.gpu import on_gpu
 from kernels.gpu.w4a16_pack import W4A16Weight
 from kernels.int4_linear import Int4Weight, int4_linear, int4_silu_mul
 from kernels.int8_linear import Int8Weight, int8_linear
@@ -88,7 +89,9 @@ class VocabParallelEmbedding:
 
 @dataclass(frozen=True, slots=True)
 class VocabParallelHead:
-    """hidden [L, H] -> logits float32 [L, V] on rank 0, None on the others.
+    """hidden [L, H] -> logits [L, V] on rank 0, None on the others.
+
+    float32 on a CPU; the kernels of a GPU convert what they read.
 
     The last rank's rows are padded with zeros when tp does not divide the vocabulary.
     """
@@ -99,4 +102,7 @@ class VocabParallelHead:
 
     def __call__(self, hidden: Tensor) -> Tensor | None:
         logits = self.group.gather_columns(self.linear(hidden))
-        return None if logits is None else logits[:, : self.vocab_size].float()
+        if logits is None:
+            return None
+        logits = logits[:, : self.vocab_size]
+        return logits if on_gpu(logits) else logits.float()

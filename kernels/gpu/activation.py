@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.compile import CompileCase
+from kernels.gpu.dependent_launch import dependent_launch, launch_options
 from kernels.gpu.partials import load_sum
 from kernels.partials import Partials
 
@@ -21,6 +22,7 @@ def _silu_mul_kernel(
     size,
     SPLITS: tl.constexpr,  # 0: x is one tensor
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
@@ -28,6 +30,9 @@ def _silu_mul_kernel(
     mask = columns < size
     offsets = row * 2 * size + columns
     stride = M * 2 * size
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     gate = load_sum(x_ptr, offsets, columns, mask, stride, bias_ptr, SPLITS, DTYPE)
     up = load_sum(x_ptr, offsets + size, columns + size, mask, stride, bias_ptr, SPLITS, DTYPE)
     gate = (gate / (1.0 + tl.exp(-gate))).to(DTYPE).to(tl.float32)  # rounded as torch rounds it
@@ -43,8 +48,9 @@ def silu_mul(gate_up: Tensor | Partials) -> Tensor:
     assert data.is_contiguous()
     m, size = data.shape[-2], data.shape[-1] // 2
     out = torch.empty(m, size, dtype=gate_up.dtype, device=data.device)
+    pdl = dependent_launch(data.device)
     _silu_mul_kernel[(m, triton.cdiv(size, BLOCK))](
-        data, bias, out, m, size, SPLITS=splits, BLOCK=BLOCK
+        data, bias, out, m, size, SPLITS=splits, BLOCK=BLOCK, PDL=pdl, **launch_options(pdl)
     )
     return out
 
@@ -54,10 +60,10 @@ def compile_cases() -> list[CompileCase]:
     forms = ((bf16, 0, False), (f32, 0, False), (bf16, 4, False), (bf16, 8, True))
     return [
         CompileCase(
-            f"silu_mul {str(dtype).removeprefix('torch.')} {splits} parts" + " bias" * bias,
+            f"{str(dtype).removeprefix('torch.')} {splits} parts" + " bias" * bias,
             _silu_mul_kernel,
             (f32 if splits else dtype, dtype if bias else None, dtype, 16, 14336),
-            {"SPLITS": splits, "BLOCK": BLOCK},
+            {"SPLITS": splits, "BLOCK": BLOCK, "PDL": False},
         )
         for dtype, splits, bias in forms
     ]

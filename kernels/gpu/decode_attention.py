@@ -11,7 +11,6 @@ its bucket allows; splits without keys return at once.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -19,49 +18,26 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.gpu import interpreted, tiles
+from kernels.gpu import interpreted
 from kernels.gpu.compile import CompileCase
 from kernels.gpu.decode_attention_parts import merge_splits_kernel
 from kernels.gpu.decode_attention_plain import decode_plain_kernel
 from kernels.gpu.decode_attention_quantized import decode_quantized_kernel
+from kernels.gpu.decode_attention_tiles import (
+    Form,
+    Tile,
+    candidates,
+    default_tile,
+    form_of,
+    num_splits,
+    tile_for,
+)
 from kernels.gpu.step import GpuStep
 from kernels.kv_layout import LayerCache, QuantizedKV, features_per_token
 
-MAX_SPLITS = 64
-PROGRAMS_PER_SM = 2  # at least so many, if the sequences are long enough to split
+__all__ = ["candidates", "compile_cases", "decode_attention", "tile_case"]
+
 _INTERPRETED_SMS = 4
-KV_NAMES: dict[int | torch.dtype, str] = {
-    8: "int8",
-    4: "int4",
-    16: "fp8",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """What the kernels are compiled for, beside their tile."""
-
-    num_kv_heads: int
-    group: int  # query heads per KV head
-    head_dim: int
-    block_size: int
-    policy: int
-    dtype: torch.dtype  # of the queries, and of plain keys and values
-
-    @property
-    def kv(self) -> str:
-        return KV_NAMES[self.policy or self.dtype]
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    tokens: int  # per step of the loop; divides block_size
-    rows: int  # query heads of a program
-    num_warps: int
-    num_stages: int
 
 
 def decode_attention(
@@ -95,7 +71,8 @@ def decode_attention(
     max_keys = step.max_context_len
     if window is not None:
         max_keys = min(max_keys, window + tile.tokens)
-    splits = num_splits(programs, -(-max_keys // tile.tokens), _num_sms(q.device))
+    num_tiles = -(-max_keys // tile.tokens)
+    splits = num_splits(programs, num_tiles, _num_sms(q.device), tile.programs_per_sm)
     part_out, part_stat = None, None
     if splits > 1:
         parts = (step.num_decodes, num_heads, splits)
@@ -109,31 +86,9 @@ def decode_attention(
     )  # fmt: skip
     if splits > 1:
         merge_splits_kernel[(step.num_decodes * num_heads,)](
-            part_out, part_stat, step.context_lens, out, window,
+            part_out, part_stat, step.context_lens, out, window, splits,
             **_merge_constants(form, tile, splits),
         )  # fmt: skip
-
-
-def num_splits(programs: int, num_tiles: int, num_sms: int) -> int:
-    """A power of two: enough that `programs` times it fill the GPU, no more than tiles."""
-    wanted = -(-PROGRAMS_PER_SM * num_sms // programs)
-    return int(min(map(triton.next_power_of_2, (wanted, num_tiles, MAX_SPLITS))))
-
-
-def tile_for(form: Form) -> Tile:
-    found = tiles.lookup(
-        "decode_attention",
-        head_dim=form.head_dim,
-        group=form.group,
-        kv=form.kv,
-        block_size=form.block_size,
-    )
-    return default_tile(form) if found is None else Tile(**found)
-
-
-def default_tile(form: Form) -> Tile:
-    rows = 16 if form.group <= 16 else 32
-    return Tile(min(form.block_size, 64), rows, num_warps=4, num_stages=3)
 
 
 def _form(q: Tensor, cache: LayerCache) -> Form:
@@ -169,12 +124,10 @@ def _specialise(form: Form, tile: Tile) -> tuple[Any, dict[str, Any]]:
         "num_stages": tile.num_stages,
     }
     if form.policy == 0:
-        return decode_plain_kernel, constants | {"WIDTH": triton.next_power_of_2(form.head_dim)}
-    features = features_per_token(form.head_dim, form.policy)
-    width = triton.next_power_of_2(features)
+        return decode_plain_kernel, constants | {"WIDTH": form.width}
     return decode_quantized_kernel, constants | {
-        "F": features,
-        "F_WIDTH": width,
+        "F": features_per_token(form.head_dim, form.policy),
+        "F_WIDTH": form.width,
         "POLICY": form.policy,
     }
 
@@ -186,14 +139,15 @@ def _exact(form: Form) -> bool:
 
 
 def _merge_constants(form: Form, tile: Tile, splits: int) -> dict[str, Any]:
-    width = triton.next_power_of_2(form.head_dim)
+    width = int(triton.next_power_of_2(form.head_dim))
+    width_splits = int(triton.next_power_of_2(splits))
     return {
         "QUERY_HEADS": form.num_kv_heads * form.group,
         "D": form.head_dim,
         "WIDTH": width,
         "TOKENS": tile.tokens,
-        "SPLITS": splits,
-        "num_warps": min(8, max(1, splits * width // 1024)),
+        "WIDTH_SPLITS": width_splits,
+        "num_warps": min(8, max(1, width_splits * width // 1024)),
     }
 
 
@@ -207,6 +161,12 @@ def _num_sms(device: torch.device) -> int:
 def compile_cases() -> list[CompileCase]:
     """Every kind of cache at D = 128, then what differs: head sizes, masks, splits, groups."""
     return [*_forms(), *_merges()]
+
+
+def tile_case(kernel: str, key: dict[str, Any], tile: dict[str, Any]) -> CompileCase:
+    """Of a tuned tile."""
+    assert kernel == "decode_attention"
+    return _case(form_of(key), Tile(**tile), label="tuned ")
 
 
 def _forms() -> Iterator[CompileCase]:
@@ -232,21 +192,26 @@ def _merges() -> Iterator[CompileCase]:
         yield CompileCase(
             f"merge D{head_dim} splits {splits}",
             merge_splits_kernel,
-            (torch.float32, torch.float32, torch.int32, torch.bfloat16, None),
+            (torch.float32, torch.float32, torch.int32, torch.bfloat16, None, splits),
             constants,
             {"num_warps": constants.pop("num_warps")},
         )
 
 
 def _case(
-    form: Form, tile: Tile | None = None, *, split: bool = False, masks: bool = False
+    form: Form,
+    tile: Tile | None = None,
+    *,
+    split: bool = False,
+    masks: bool = False,
+    label: str = "",
 ) -> CompileCase:
     tile = tile or default_tile(form)
     kernel, constants = _specialise(form, tile)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     name = str(form.dtype).removeprefix("torch.")
-    label = f"{name} {form.kv} D{form.head_dim} G{form.group} block {form.block_size}"
-    label += f" tile {tile.tokens}x{tile.rows}"
+    label += f"{name} {form.kv} D{form.head_dim} G{form.group} block {form.block_size}"
+    label += f" tile {tile.tokens}x{tile.rows} w{tile.num_warps} s{tile.num_stages}"
     cache = (torch.int32,) * 3 if form.policy else (form.dtype,)
     part = torch.float32 if split else None
     stride = form.num_kv_heads * form.group * form.head_dim

@@ -9,7 +9,7 @@ the splits.
 import triton
 import triton.language as tl
 
-from kernels.gpu.flags import LOG2_E
+from kernels.gpu.flags import INTERPRET, LOG2_E
 
 # Scores of hidden keys: finite, so that no difference of two is NaN.
 HIDDEN = tl.constexpr(-1e30)
@@ -17,28 +17,32 @@ HIDDEN = tl.constexpr(-1e30)
 
 @triton.jit
 def split_bounds(context_len, window, split, splits, TOKENS: tl.constexpr):
-    """-> (first key any split sees, this split's keys start:end; start >= end: none).
-
-    Splits are whole tiles, so that the first tile and the last one of a sequence alone are ragged.
-    """
+    """-> (first key that any split sees, this split's tiles first:last; first >= last: none)."""
     first_key = 0 if window is None else tl.maximum(context_len - window, 0)
     first_tile = first_key // TOKENS
-    per_split = tl.cdiv(tl.cdiv(context_len, TOKENS) - first_tile, splits)
-    start = (first_tile + split * per_split) * TOKENS
-    return first_key, start, tl.minimum(start + per_split * TOKENS, context_len)
+    num_tiles = tl.cdiv(context_len, TOKENS)
+    per_split = tl.cdiv(num_tiles - first_tile, splits)
+    first = first_tile + split * per_split
+    return first_key, first, tl.minimum(first + per_split, num_tiles)
 
 
 @triton.jit
-def exponents(scores, scale, soft_cap, slopes, distance):
-    """q . k -> the exponent of 2 in softmax. `scale` holds log2(e); slopes * distance: ALiBi."""
-    if soft_cap is None:
-        scores = scores * scale
-    else:  # cap * tanh(x / cap), and tanh(y) = 1 - 2 / (1 + e^2y), which cannot overflow
-        grown = tl.exp2(scores * (2.0 * scale / soft_cap))
-        scores = (soft_cap * LOG2_E) * (1.0 - 2.0 / (1.0 + grown))
-    if slopes is not None:
-        scores = scores + slopes * LOG2_E * distance
-    return scores
+def cap_scores(scores, soft_cap):
+    """cap * tanh(x / cap) of scores x that are exponents of 2, x * log2(e); so is the result."""
+    grown = exp2(scores * (2.0 / soft_cap))  # e^2y, where tanh(y) = 1 - 2 / (1 + e^2y)
+    return (soft_cap * LOG2_E) * (1.0 - 2.0 / (1.0 + grown))
+
+
+@triton.jit
+def exp2(x):
+    """Without Triton's care for results below 2^-126, which costs three instructions of four."""
+    if INTERPRET:
+        y = tl.exp2(x)
+    else:
+        y = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return y
 
 
 @triton.jit
@@ -68,30 +72,31 @@ def store_rows(
         tl.store(part_stat_ptr + parts * 2 + 1, row_sum, mask=row_mask)
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["context_lens_ptr", "window", "num_splits"])
 def merge_splits_kernel(
     part_out_ptr,
     part_stat_ptr,
     context_lens_ptr,
     out_ptr,  # [S * Hq, D]
     window,
+    num_splits,
     QUERY_HEADS: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,  # the power of two >= D
     TOKENS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    WIDTH_SPLITS: tl.constexpr,  # the power of two >= num_splits
 ):
     row = tl.program_id(0).to(tl.int64)
-    splits = tl.arange(0, SPLITS)
+    splits = tl.arange(0, WIDTH_SPLITS)
     offs_d = tl.arange(0, WIDTH)
     context_len = tl.load(context_lens_ptr + row // QUERY_HEADS)
-    _, start, end = split_bounds(context_len, window, splits, SPLITS, TOKENS)
-    written = start < end
-    stats = part_stat_ptr + (row * SPLITS + splits) * 2
+    _, first, last = split_bounds(context_len, window, splits, num_splits, TOKENS)
+    written = (first < last) & (splits < num_splits)
+    stats = part_stat_ptr + (row * num_splits + splits) * 2
     row_max = tl.load(stats, mask=written, other=HIDDEN)
     row_sum = tl.load(stats + 1, mask=written, other=0.0)
     weight = tl.exp2(row_max - tl.max(row_max, 0))
-    parts = (row * SPLITS + splits)[:, None] * D + offs_d[None, :]
+    parts = (row * num_splits + splits)[:, None] * D + offs_d[None, :]
     mask = written[:, None] & (offs_d < D)[None, :]
     out = tl.sum(tl.load(part_out_ptr + parts, mask=mask, other=0.0) * weight[:, None], 0)
     total = tl.sum(row_sum * weight, 0)

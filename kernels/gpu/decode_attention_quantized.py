@@ -13,14 +13,34 @@ float32 per token lane until the end, so that the loop reduces nothing but the m
 import triton
 import triton.language as tl
 
-from kernels.gpu.decode_attention_parts import HIDDEN, exponents, split_bounds, store_rows
+from kernels.gpu.decode_attention_parts import (
+    HIDDEN,
+    cap_scores,
+    exp2,
+    split_bounds,
+    store_rows,
+)
+from kernels.gpu.flags import INTERPRET, LOG2_E
 from kernels.gpu.kv_unpack import centred_params, feature_order, unpack_k, unpack_vt
 
 _SCALE_ONE = tl.constexpr(0x3C00)  # the word of scale 1 and zero 0
 _HEADROOM = tl.constexpr(15.0)
 
 
-@triton.jit(do_not_specialize=["table_stride", "window"])
+@triton.jit
+def _log2(x, EXACT: tl.constexpr):
+    if INTERPRET or EXACT:
+        y = tl.log2(x)
+    else:  # 16 instructions fewer; the error of 2^-22 is nothing beside float16's
+        y = tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return y
+
+
+@triton.jit(
+    do_not_specialize=["block_tables_ptr", "rows_ptr", "context_lens_ptr", "window", "table_stride"]
+)
 def decode_quantized_kernel(
     q_ptr,  # [S, HEADS * G, D] by strides
     k_ptr,  # words [blocks, HEADS, BLOCK_SIZE, F / 4]
@@ -52,15 +72,16 @@ def decode_quantized_kernel(
 ):
     FLOAT: tl.constexpr = tl.float32 if EXACT else tl.float16
     WIDTH: tl.constexpr = 2 * F_WIDTH if POLICY == 4 else F_WIDTH
+    PER_BLOCK: tl.constexpr = BLOCK_SIZE // TOKENS
     ROW_TILES: tl.constexpr = (G + ROWS - 1) // ROWS
     seq = tl.program_id(0)
     head = tl.program_id(1) // ROW_TILES
     split = tl.program_id(2)
     splits = tl.num_programs(2)
     context_len = tl.load(context_lens_ptr + seq)
-    first_key, start, end = split_bounds(context_len, window, split, splits, TOKENS)
+    first_key, first, last = split_bounds(context_len, window, split, splits, TOKENS)
     if part_out_ptr is not None:  # noqa: SIM102 - known when compiled, the next is not
-        if start >= end:
+        if first >= last:
             return
     rows = tl.program_id(1) % ROW_TILES * ROWS + tl.arange(0, ROWS)
     heads = head * G + rows
@@ -71,10 +92,11 @@ def decode_quantized_kernel(
     largest = tl.maximum(tl.max(tl.abs(q)), 1e-30)
     q_unit = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     qt = (q / q_unit).to(FLOAT)
-    q_sum = tl.sum(qt.to(tl.float32), 0)
+    unit = q_unit * scale
+    unit_sum = (tl.sum(qt.to(tl.float32), 0) * unit)[None, :]
     slopes = None
     if alibi_ptr is not None:
-        slopes = tl.load(alibi_ptr + heads, mask=rows < G, other=0.0)[None, :]
+        slopes = tl.load(alibi_ptr + heads, mask=rows < G, other=0.0)[None, :] * LOG2_E
 
     offs_t = tl.arange(0, TOKENS)
     offs_w = tl.arange(0, F_WIDTH // 4)
@@ -86,12 +108,14 @@ def decode_quantized_kernel(
     p_sum = tl.zeros((TOKENS, ROWS), tl.float32)
     z_sum = tl.zeros((TOKENS, ROWS), tl.float32)
     acc = tl.zeros((WIDTH, ROWS), tl.float32)
-    for token in tl.range(start, end, TOKENS):
-        block = tl.load(table + token // BLOCK_SIZE).to(tl.int64)
-        k_slot = (block * HEADS + head) * BLOCK_SIZE + token % BLOCK_SIZE
+    block = tl.load(table + first // PER_BLOCK, mask=first < last, other=0).to(tl.int64)
+    for tile in tl.range(first, last):
+        # A tile early: the copies into shared memory, which run ahead, need not wait for it.
+        next_block = tl.load(table + (tile + 1) // PER_BLOCK, mask=tile + 1 < last, other=0)
+        k_slot = (block * HEADS + head) * BLOCK_SIZE + tile % PER_BLOCK * TOKENS
         k_param = k_slot + block * (HEADS * BLOCK_SIZE)
-        positions = token + offs_t
-        seen = positions < end
+        positions = tile * TOKENS + offs_t
+        seen = positions < context_len
         if F == F_WIDTH:
             k_words = tl.load(k_ptr + k_slot * (F // 4) + offs_k)
             v_words = tl.load(v_ptr + k_slot * (F // 4) + offs_v)
@@ -101,34 +125,36 @@ def decode_quantized_kernel(
             )
             v_words = tl.load(v_ptr + k_slot * (F // 4) + offs_v, mask=offs_f[None, :] < F, other=0)
         # Scale and zero in one word: four bytes are the least an asynchronous copy takes.
-        k_params = tl.load(params_ptr + k_param + offs_t)
-        v_params = tl.load(
-            params_ptr + k_param + HEADS * BLOCK_SIZE + offs_t, mask=seen, other=_SCALE_ONE
-        )
+        k_params = tl.load(params_ptr + k_param + offs_t, mask=seen, other=0)
+        v_param = k_param + HEADS * BLOCK_SIZE
+        v_params = tl.load(params_ptr + v_param + offs_t, mask=seen, other=_SCALE_ONE)
         k_scale, k_zero = centred_params(k_params, POLICY)
         v_scale, v_zero = centred_params(v_params, POLICY)
-        k_scale *= q_unit
-        k_zero *= q_unit
-        scores = tl.dot(unpack_k(k_words, POLICY, EXACT), qt, input_precision="ieee")
-        scores *= k_scale[:, None]
-        if POLICY != 16:
-            scores += k_zero[:, None] * q_sum[None, :]
-        distance = (positions - (context_len - 1)).to(tl.float32)[:, None]
-        scores = exponents(scores, scale, soft_cap, slopes, distance)
-        scores += tl.log2(v_scale)[:, None]
         if window is not None:
             seen = seen & (positions >= first_key)
-        scores = tl.where(seen[:, None], scores, HIDDEN)
+        v_exponent = _log2(v_scale, EXACT)
+        shift = tl.where(seen, v_exponent, HIDDEN)[:, None]
+        scores = tl.dot(unpack_k(k_words, POLICY, EXACT), qt, input_precision="ieee")
+        scores *= (k_scale * unit)[:, None]
+        constant = shift if soft_cap is None else 0.0
+        if POLICY != 16:
+            constant = k_zero[:, None] * unit_sum + constant
+        scores += constant
+        if soft_cap is not None:
+            scores = cap_scores(scores, soft_cap) + shift
+        if slopes is not None:
+            scores += slopes * (positions - (context_len - 1)).to(tl.float32)[:, None]
         new_max = tl.maximum(row_max, tl.max(scores, 0))
-        decay = tl.exp2(row_max - new_max)[None, :]
-        p = tl.exp2(scores - (new_max - _HEADROOM)[None, :])
-        v_inverse = 1.0 / v_scale
+        decay = exp2(row_max - new_max)[None, :]
+        p = exp2(scores - (new_max - _HEADROOM)[None, :])
+        v_inverse = exp2(-v_exponent)
         p_sum = p_sum * decay + p * v_inverse[:, None]
         if POLICY != 16:
             z_sum = z_sum * decay + p * (v_zero * v_inverse)[:, None]
         row_max = new_max
         vt = unpack_vt(v_words, POLICY, EXACT)
         acc = tl.dot(vt, p.to(FLOAT), acc * decay, input_precision="ieee")
+        block = next_block.to(tl.int64)
     if POLICY != 16:
         acc += tl.sum(z_sum, 0)[None, :]
     store_rows(

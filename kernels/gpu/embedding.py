@@ -16,7 +16,7 @@ _BLOCK = 1024
 
 @triton.jit(do_not_specialize=["first", "num_rows"])
 def _embed_kernel(
-    ids_ptr,  # int32 [T]
+    ids_ptr,  # [T]
     table_ptr,  # [num_rows, H]
     out_ptr,  # [T, H]
     first,
@@ -34,8 +34,7 @@ def _embed_kernel(
 
 
 def embed(token_ids: Tensor, table: Tensor, first: int) -> Tensor:
-    """token_ids int32 [T], table [rows, H] of the ids from `first` on -> [T, H]."""
-    assert token_ids.dtype == torch.int32
+    """token_ids [T], table [rows, H] of the ids from `first` on -> [T, H]."""
     assert table.is_contiguous()
     (num_tokens,), (num_rows, hidden_size) = token_ids.shape, table.shape
     out = table.new_empty((num_tokens, hidden_size))

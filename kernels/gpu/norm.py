@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.compile import CompileCase
+from kernels.gpu.dependent_launch import dependent_launch, launch_options
 from kernels.gpu.partials import load_sum
 from kernels.partials import Partials
 
@@ -30,12 +31,16 @@ def _add_rms_norm_kernel(
     eps,
     SPLITS: tl.constexpr,  # 0: x is one tensor
     BLOCK_H: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     DTYPE: tl.constexpr = normed_ptr.dtype.element_ty
     columns = tl.arange(0, BLOCK_H)
     mask = columns < H
     offsets = tl.program_id(0).to(tl.int64) * H + columns
     weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     total = load_sum(x_ptr, offsets, columns, mask, M * H, bias_ptr, SPLITS, DTYPE)
     if residual_ptr is not None:
         total += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -60,9 +65,11 @@ def add_rms_norm(
     if residual is not None:
         assert residual.is_contiguous()
         assert residual.shape == (m, h)
+    pdl = dependent_launch(weight.device)
     _add_rms_norm_kernel[(m,)](
         data, bias, residual, weight, total, normed, m, h, eps,
-        SPLITS=splits, BLOCK_H=triton.next_power_of_2(h), num_warps=_num_warps(h),
+        SPLITS=splits, BLOCK_H=triton.next_power_of_2(h), PDL=pdl, num_warps=_num_warps(h),
+        **launch_options(pdl),
     )  # fmt: skip
     return normed, data if total is None else total
 
@@ -75,19 +82,20 @@ def _num_warps(h: int) -> int:
 def compile_cases() -> list[CompileCase]:
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
     forms = (
-        ("first", bf16, 0, False, False, 4096),
-        ("plain", bf16, 0, False, True, 4096),
-        ("plain fp32", f32, 0, False, True, 4096),
-        ("wide", bf16, 0, False, True, 8192),
-        ("odd", f16, 0, False, True, 2560),
-        ("2 parts", bf16, 2, False, True, 4096),
-        ("4 parts", bf16, 4, False, True, 4096),
-        ("4 parts bias", bf16, 4, True, True, 4096),
-        ("8 parts wide", bf16, 8, False, True, 8192),
+        ("first", bf16, 0, False, False, 4096, False),
+        ("plain", bf16, 0, False, True, 4096, False),
+        ("plain fp32", f32, 0, False, True, 4096, False),
+        ("wide", bf16, 0, False, True, 8192, False),
+        ("odd", f16, 0, False, True, 2560, False),
+        ("2 parts", bf16, 2, False, True, 4096, False),
+        ("4 parts", bf16, 4, False, True, 4096, False),
+        ("4 parts bias", bf16, 4, True, True, 4096, False),
+        ("8 parts wide", bf16, 8, False, True, 8192, False),
+        ("4 parts pdl", bf16, 4, False, True, 4096, True),
     )
     return [
         CompileCase(
-            f"add_rms_norm {name} {h}",
+            f"{name} {h}",
             _add_rms_norm_kernel,
             (
                 f32 if splits else dtype,
@@ -100,8 +108,9 @@ def compile_cases() -> list[CompileCase]:
                 h,
                 1e-5,
             ),
-            {"SPLITS": splits, "BLOCK_H": triton.next_power_of_2(h)},
-            {"num_warps": _num_warps(h)},
+            {"SPLITS": splits, "BLOCK_H": triton.next_power_of_2(h), "PDL": pdl},
+            {"num_warps": _num_warps(h)} | launch_options(pdl),
+            min_capability=90 if pdl else 80,
         )
-        for name, dtype, splits, bias, residual, h in forms
+        for name, dtype, splits, bias, residual, h, pdl in forms
     ]

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.compile import CompileCase
+from kernels.gpu.dependent_launch import dependent_launch, launch_options
 from kernels.partials import Partials
 
 BLOCK = 1024
@@ -40,12 +41,16 @@ def _sum_partials_kernel(
     N,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < N
     offsets = row * N + columns
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     total = load_sum(parts_ptr, offsets, columns, mask, M * N, bias_ptr, SPLITS, DTYPE)
     tl.store(out_ptr + offsets, total.to(DTYPE), mask=mask)
 
@@ -55,9 +60,11 @@ def sum_partials(partials: Partials) -> Tensor:
     splits, m, n = partials.data.shape
     assert partials.data.is_contiguous()
     out = torch.empty(m, n, dtype=partials.dtype, device=partials.data.device)
+    pdl = dependent_launch(out.device)
     _sum_partials_kernel[(m, triton.cdiv(n, BLOCK))](
-        partials.data, partials.bias, out, m, n, SPLITS=splits, BLOCK=BLOCK
-    )
+        partials.data, partials.bias, out, m, n, SPLITS=splits, BLOCK=BLOCK, PDL=pdl,
+        **launch_options(pdl),
+    )  # fmt: skip
     return out
 
 
@@ -65,10 +72,10 @@ def compile_cases() -> list[CompileCase]:
     bf16, f32 = torch.bfloat16, torch.float32
     return [
         CompileCase(
-            f"sum_partials {splits}" + " bias" * (bias is not None),
+            f"{splits} parts" + " bias" * (bias is not None),
             _sum_partials_kernel,
             (f32, bias, bf16, 16, 4096),
-            {"SPLITS": splits, "BLOCK": BLOCK},
+            {"SPLITS": splits, "BLOCK": BLOCK, "PDL": False},
         )
         for splits, bias in ((2, None), (4, bf16), (8, None))
     ]

@@ -23,6 +23,7 @@ from torch import Tensor
 from kernels.gpu.compile import CompileCase
 from kernels.gpu.flags import INTERPRET
 from kernels.gpu.kv_quantize import byte_offsets, quantize
+from kernels.gpu.partials import load_sum
 from kernels.gpu.step import GpuStep
 from kernels.kv_layout import POLICIES, LayerCache, QuantizedKV, features_per_token, heads_of
 from kernels.partials import Partials
@@ -49,16 +50,10 @@ def _rounded(x, DTYPE: tl.constexpr):
 def _projected(
     qkv_ptr, bias_ptr, rows, columns, mask, part_stride, SPLITS: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """[tokens, features]: the parts summed, if there are parts."""
-    offs = rows[:, None] + columns[None, :]
-    x = tl.load(qkv_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    if SPLITS > 0:
-        for split in tl.static_range(1, SPLITS):
-            x += tl.load(qkv_ptr + split * part_stride + offs, mask=mask, other=0.0)
-        if bias_ptr is not None:
-            x += tl.load(bias_ptr + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        x = _rounded(x, DTYPE)
-    return x
+    """[tokens, features]."""
+    columns = columns[None, :]
+    offs = rows[:, None] + columns
+    return load_sum(qkv_ptr, offs, columns, mask, part_stride, bias_ptr, SPLITS, DTYPE)
 
 
 @triton.jit

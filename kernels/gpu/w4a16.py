@@ -7,16 +7,15 @@ import torch
 import triton
 from torch import Tensor
 
+from kernels.gpu.chip import HOPPER, Chip, chip_of
 from kernels.gpu.compile import CompileCase
+from kernels.gpu.dependent_launch import dependent_launch, launch_options
 from kernels.gpu.w4a16_kernel import w4a16_kernel
 from kernels.gpu.w4a16_pack import TILE, W4A16Weight
 from kernels.gpu.w4a16_tiles import (
-    HOPPER,
-    Chip,
     Tile,
     bucket_of,
     candidates,
-    chip_of,
     choose_tile,
     default_tile,
 )
@@ -79,16 +78,16 @@ def _launch(
     assert x.is_contiguous()
     assert x.dtype == weight.scales.dtype
     assert out.is_contiguous()
-    splits = tile.splits or 1
+    splits, pdl = tile.splits or 1, dependent_launch(x.device)
     grid = (triton.cdiv(m, tile.block_m), triton.cdiv(n, tile.block_n), splits)
     w4a16_kernel[grid](
         x, weight.words, weight.scales, weight.zeros, bias, out, m, n, k,
         triton.cdiv(triton.cdiv(k, tile.block_k), splits),
-        **_constants(tile, k, weight.group_size, gated), **_options(tile),
+        **_constants(tile, k, weight.group_size, gated, pdl), **_options(tile, pdl),
     )  # fmt: skip
 
 
-def _constants(tile: Tile, k: int, group_size: int, gated: bool) -> dict[str, Any]:
+def _constants(tile: Tile, k: int, group_size: int, gated: bool, pdl: bool) -> dict[str, Any]:
     return {
         "GROUP": 0 if group_size == k else group_size,
         "BLOCK_M": tile.block_m,
@@ -97,14 +96,13 @@ def _constants(tile: Tile, k: int, group_size: int, gated: bool) -> dict[str, An
         "SCALE_AFTER": tile.scale == "after",
         "EVEN_K": k % tile.block_k == 0,
         "GATED": gated,
-        "PREFETCH": PREFETCH_LINES if tile.pdl else 0,
-        "PDL": tile.pdl,
+        "PREFETCH": PREFETCH_LINES if pdl else 0,
+        "PDL": pdl,
     }
 
 
-def _options(tile: Tile) -> dict[str, Any]:
-    options: dict[str, Any] = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    return options | {"launch_pdl": True} if tile.pdl else options
+def _options(tile: Tile, pdl: bool) -> dict[str, Any]:
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages} | launch_options(pdl)
 
 
 def compile_cases() -> list[CompileCase]:
@@ -152,9 +150,9 @@ def _case(
     """Of a default tile. `group_size` k: one group."""
     kernel, n = ("w4a16_gated" if gated else "w4a16"), 28672
     tile = default_tile(kernel, n, k, group_size, dtype, bucket, chip)
-    tile = replace(tile, splits=1 if gated else splits, pdl=pdl)
+    tile = replace(tile, splits=1 if gated else splits)
     name = f"M{bucket}" + " sm_80" * (chip.capability < 90)
-    return _compile_case(name, tile, dtype, n, k, group_size, gated, zeros, bias)
+    return _compile_case(name, tile, dtype, n, k, group_size, gated, zeros, bias, pdl)
 
 
 def _compile_case(
@@ -167,23 +165,24 @@ def _compile_case(
     gated: bool,
     zeros: bool = True,
     bias: bool = False,
+    pdl: bool = False,
 ) -> CompileCase:
     split = (tile.splits or 1) > 1
-    facts = {"zeros": zeros, "gated": gated, "split": split, "bias": bias, "pdl": tile.pdl}
+    facts = {"zeros": zeros, "gated": gated, "split": split, "bias": bias, "pdl": pdl}
     shape = f"{tile.block_m}x{tile.block_n}x{tile.block_k}"
     ways = f"w{tile.num_warps} s{tile.num_stages} {tile.scale}"
     of = f"{str(dtype).removeprefix('torch.')} K{k} g{group_size}"
     named = [fact for fact, given in facts.items() if given]
     return CompileCase(
-        " ".join(["w4a16", name, shape, ways, of, *named]),
+        " ".join([name, shape, ways, of, *named]),
         w4a16_kernel,
         (
             dtype, torch.int32, dtype, torch.uint8 if zeros else None, dtype if bias else None,
             torch.float32 if split else dtype, 16, n, k, 8,
         ),
-        _constants(tile, k, group_size, gated),
-        _options(tile),
+        _constants(tile, k, group_size, gated, pdl),
+        _options(tile, pdl),
         elements=tile.block_n * tile.block_k,
         # Tiles of 64 rows and more in 4 warps are Hopper's: elsewhere they spill.
-        min_capability=80 if "sm_80" in name or (tile.block_m < 64 and not tile.pdl) else 90,
+        min_capability=80 if "sm_80" in name or (tile.block_m < 64 and not pdl) else 90,
     )  # fmt: skip

@@ -77,7 +77,7 @@ def compile_cases() -> list[CompileCase]:
     forms = ((bf16, 128, False), (bf16, 128, True), (f16, 64, True), (f32, 128, True))
     return [
         CompileCase(
-            f"dequantise {str(dtype).removeprefix('torch.')} g{group_size}" + " zeros" * zeros,
+            f"{str(dtype).removeprefix('torch.')} g{group_size}" + " zeros" * zeros,
             _dequantise_kernel,
             (torch.int32, dtype, torch.uint8 if zeros else None, dtype, 4096, 4096),
             {

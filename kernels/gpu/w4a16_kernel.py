@@ -84,6 +84,13 @@ def w4a16_kernel(
         zero_ptrs = zeros_ptr + offs_n
     stride_g = tl.cdiv(N, SCALE_COLUMNS) * SCALE_COLUMNS
 
+    # Too narrow for asynchronous copies: fetched one step ahead by hand.
+    group = first * BLOCK_K // GROUP * stride_g if GROUP > 0 else 0
+    scale = tl.load(scale_ptrs + group)
+    zero = None
+    if zeros_ptr is not None:
+        zero = tl.load(zero_ptrs + group)
+
     if PDL:
         if PREFETCH > 0:
             tiles: tl.constexpr = BLOCK_N // TILE
@@ -94,13 +101,6 @@ def w4a16_kernel(
             _prefetch_l2(words_ptr + row_offsets(rows, N, K)[:, None] + lines[None, :])
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-
-    # Too narrow for asynchronous copies: fetched one step ahead by hand.
-    group = first * BLOCK_K // GROUP * stride_g if GROUP > 0 else 0
-    scale = tl.load(scale_ptrs + group)
-    zero = None
-    if zeros_ptr is not None:
-        zero = tl.load(zero_ptrs + group)
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in tl.range(first, last):

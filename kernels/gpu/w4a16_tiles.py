@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from kernels.gpu import tiles
+from kernels.gpu.chip import HOPPER, Chip
 
 # More rows are multiplied by cuBLAS, after the weight is dequantised for them.
 MAX_KERNEL_ROWS = 768
@@ -21,17 +22,6 @@ PROGRAMS_PER_SM = 2
 
 
 Scale: TypeAlias = Literal["after", "before"]
-
-
-@dataclass(frozen=True, slots=True)
-class Chip:
-    """What a launch depends on."""
-
-    num_sms: int
-    capability: int
-
-
-HOPPER = Chip(num_sms=132, capability=90)  # H100, H200; assumed where there is no GPU to ask
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +35,6 @@ class Tile:
     num_stages: int
     scale: Scale
     splits: int | None = None  # None: as many as fill the GPU
-    pdl: bool = False
 
 
 # Compiled, not timed: instructions per weight and lane of the loop, with zeros, by Triton 3.6 for
@@ -159,14 +148,6 @@ def fit(tile: Tile, kernel: str, n: int, k: int, group_size: int, bucket: int, c
     return replace(tile, splits=1 if gated else -(-steps // steps_per_split))
 
 
-@cache
-def chip_of(device: torch.device) -> Chip:
-    if device.type != "cuda":
-        return HOPPER
-    properties = torch.cuda.get_device_properties(device)
-    return Chip(properties.multi_processor_count, 10 * properties.major + properties.minor)
-
-
 def choose_block_k(wanted: int, k: int, group_size: int) -> int:
     """At most `wanted` inputs that have one scale; whole ones of K where that is possible."""
     period = k if group_size == k else group_size
@@ -178,8 +159,8 @@ def candidates(kernel: str, *, n: int, k: int, group: int, m: int) -> list[dict[
     """Tiles worth a try for a bucket of rows, with splits for one, two and four programs an SM."""
     shapes = CANDIDATES[next(most for most in CANDIDATES if m <= most)]
     found: dict[Tile, None] = {}
-    for shape, programs, pdl in product(shapes, (1, 2, 4), (False, True)):
+    for shape, programs in product(shapes, (1, 2, 4)):
         wanted = programs * HOPPER.num_sms // (-(-m // shape[0]) * -(-n // shape[1]))
-        tile = replace(Tile(*shape), splits=max(1, wanted), pdl=pdl)
+        tile = replace(Tile(*shape), splits=max(1, wanted))
         found[fit(tile, kernel, n, k, group, m, HOPPER)] = None
     return [asdict(tile) for tile in found]

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from kernels.attention import paged_attention
 from kernels.gpu import decode_attention as module
-from kernels.gpu.decode_attention import decode_attention, num_splits
+from kernels.gpu import tiles
+from kernels.gpu.decode_attention import candidates, decode_attention
+from kernels.gpu.decode_attention_tiles import num_splits
 from kernels.kv_layout import QuantizedKV
 from tests.interpreted.attention_reference import (
     Shape,
@@ -35,8 +37,7 @@ def check(
 ) -> None:
     """`splits` at most: as many as the longest sequence has tiles."""
     programs = len(context_lens) * shape.num_kv_heads * (1 if shape.num_heads <= 64 else 2)
-    patch.setattr(module, "_num_sms", lambda _: splits * programs)
-    patch.setattr(module, "PROGRAMS_PER_SM", 1)
+    patch.setattr(module, "_num_sms", lambda _: -(-splits * programs // 3))
     step = random_step(context_lens, [1] * len(context_lens), shape.block_size)
     cache = random_cache(shape, step)
     q = random_queries(shape, len(context_lens))
@@ -58,7 +59,7 @@ def random_queries(shape: Shape, num_seqs: int) -> Tensor:
     return torch.randn(size, generator=generator).to(shape.dtype)[:, : shape.num_heads]
 
 
-@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("policy", [0, 4, 8, 16])
 def test_caches_and_head_sizes(
@@ -171,8 +172,23 @@ def test_paged_attention_takes_a_gpu_step(window: int | None) -> None:
 
 
 def test_splits_fill_the_gpu_and_no_more() -> None:
-    assert num_splits(programs=8, num_tiles=1000, num_sms=132) == 64
-    assert num_splits(programs=8, num_tiles=20, num_sms=132) == 32
-    assert num_splits(programs=8, num_tiles=1, num_sms=132) == 1
-    assert num_splits(programs=128, num_tiles=1000, num_sms=132) == 4
-    assert num_splits(programs=512, num_tiles=1000, num_sms=132) == 1
+    assert num_splits(programs=8, num_tiles=1000, num_sms=132, programs_per_sm=3) == 49
+    assert num_splits(programs=8, num_tiles=20, num_sms=132, programs_per_sm=3) == 20
+    assert num_splits(programs=1, num_tiles=1000, num_sms=132, programs_per_sm=3) == 64
+    assert num_splits(programs=128, num_tiles=1000, num_sms=132, programs_per_sm=3) == 3
+    assert num_splits(programs=512, num_tiles=1000, num_sms=132, programs_per_sm=3) == 1
+
+
+@pytest.mark.parametrize("kv", ["bf16", "int8"])
+def test_tuned_tiles_compute_the_same(kv: str) -> None:
+    shape = Shape(8, 2, 64, 64, 8 if kv == "int8" else 0)
+    step = random_step([150], [1], 64)
+    cache, q = random_cache(shape, step), random_queries(shape, 1)
+    expected = attention_reference(q, cache, step, scale=0.125)
+    tried = candidates("decode_attention", head_dim=64, group=4, kv=kv, block_size=64)
+    for tile in {(tile["tokens"], tile["rows"]): tile for tile in tried}.values():
+        out = torch.full(q.shape, float("nan"))
+        with tiles.trial("decode_attention", tile) as asked:
+            decode_attention(q, cache, step, out, scale=0.125)
+        assert [key["group"] for key in asked] == [4]
+        assert torch.allclose(out.double(), expected, atol=1e-5)

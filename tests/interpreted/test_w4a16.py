@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 
 from kernels.gpu import w4a16, w4a16_tiles
+from kernels.gpu.chip import Chip
 from kernels.gpu.w4a16 import is_gated_best, w4a16_linear, w4a16_silu_mul
 from kernels.gpu.w4a16_dequantise import dequantise
 from kernels.gpu.w4a16_pack import W4A16Weight, pack_w4a16
-from kernels.gpu.w4a16_tiles import MAX_KERNEL_ROWS, Chip, Tile
+from kernels.gpu.w4a16_tiles import MAX_KERNEL_ROWS, Tile
 from kernels.int4_linear import int4_linear, int4_silu_mul, pack_int4
 from kernels.partials import Partials, summed
 

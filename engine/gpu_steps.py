@@ -1,0 +1,109 @@
+"""GpuSteps: one GPU rank's stage of the decoder, step after step, over one KV cache.
+
+A step is one copy of its packed batch to the GPU and, if all its rows decode, the replay of a
+graph. Nothing here waits for the GPU. Steps are computed in the order of their launch, on one
+stream: what a step reads, those before it have written, and blocks and rows may be given away
+while steps that use them are still to run.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.batch import HEADER, Batch, buffer_size, table_width
+from engine.cuda_graphs import DecodeGraphs, Outputs, bucket_sizes
+from engine.kv_cache import KVCache
+from engine.rank_model import RankModel
+from kernels.gpu.prepare import StepTensors, prepare
+from kernels.gpu.step import GpuStep
+
+
+class GpuSteps:
+    def __init__(self, model: RankModel, kv_cache: KVCache, session_len: int) -> None:
+        config = model.config
+        seqs = config.max_num_seqs
+        tokens = max(config.max_num_batched_tokens, seqs)
+        width = table_width(session_len, model.block_size)
+        self._model = model
+        self._kv_cache = kv_cache
+        self._session_len = session_len
+        self._tensors = StepTensors.allocate(
+            tokens,
+            seqs,
+            width,
+            buffer_size(tokens, seqs, seqs + tokens, seqs * width),
+            model.tensor_device,
+        )
+        # Stages hand their hidden states on, so that with several every step runs eagerly.
+        has_graphs = config.enable_cuda_graphs and model.group.num_stages == 1
+        self.graphs = DecodeGraphs(self._decode, bucket_sizes(seqs)) if has_graphs else None
+
+    @property
+    def token_pool(self) -> Tensor:
+        """int32 [max_num_seqs]: the token drawn last for each row, which a PENDING id means."""
+        return self._tensors.token_pool
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> Outputs:
+        """All layers: hidden [T, H] and the logits [num_sampled, V] of the tokens to sample."""
+        if self.graphs is None or batch.num_decodes < batch.num_seqs:
+            hidden = self.forward(batch, None)
+            return hidden, self.logits(hidden, self.logit_indices(batch)[: batch.num_sampled])
+        self._upload(batch)
+        hidden, logits = self.graphs.replay(batch.num_seqs)
+        if logits is not None and batch.num_sampled < batch.num_seqs:
+            logits = logits.index_select(0, self.logit_indices(batch)[: batch.num_sampled])
+        return hidden, logits
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, hidden: Tensor | None) -> Tensor:
+        """This stage's layers: [T, H] of the stage before (None: this is the first) -> [T, H]."""
+        self._upload(batch)
+        num_new = np.diff(batch.query_start_loc[batch.num_decodes :])
+        step = self._prepare(
+            num_tokens=batch.num_tokens,
+            num_seqs=batch.num_seqs,
+            num_decodes=batch.num_decodes,
+            max_query_len=int(num_new.max(initial=0)),
+            max_context_len=int(batch.context_lens.max()),
+        )
+        return self._layers(step, step.input_ids if hidden is None else hidden)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor, indices: Tensor) -> Tensor | None:
+        """[n, V] of these tokens of the last stage's [T, H]; None on other ranks than its first."""
+        return self._model.decoder.logits(hidden.index_select(0, indices))
+
+    def logit_indices(self, batch: Batch) -> Tensor:
+        """int32 [L] on the device, until the next step is launched."""
+        start = HEADER + batch.num_tokens + 3 * batch.num_seqs + 1
+        return self._tensors.batch[start : start + len(batch.logit_indices)]
+
+    def _upload(self, batch: Batch) -> None:
+        buffer = batch.buffer
+        self._tensors.batch[: len(buffer)].copy_(pinned(buffer), non_blocking=True)
+
+    def _decode(self, num_seqs: int) -> Outputs:
+        """A step of decode rows as a graph has it: nothing depends on the host but their number."""
+        step = self._prepare(
+            num_tokens=num_seqs,
+            num_seqs=num_seqs,
+            num_decodes=num_seqs,
+            max_query_len=0,
+            max_context_len=self._session_len,
+        )
+        hidden = self._layers(step, step.input_ids)
+        return hidden, self._model.decoder.logits(hidden)
+
+    def _prepare(self, **sizes: int) -> GpuStep:
+        return prepare(self._tensors, **sizes, block_size=self._model.block_size)
+
+    def _layers(self, step: GpuStep, inputs: Tensor) -> Tensor:
+        return self._model.decoder.forward(inputs, step.positions, step, self._kv_cache)
+
+
+def pinned(array: NDArray[np.int32]) -> Tensor:
+    """A copy from which the GPU can fetch while the host goes on; torch keeps it until it has."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor

@@ -1,0 +1,23 @@
+"""What launches depend on besides their problem: the GPU's size and generation."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Chip:
+    num_sms: int
+    capability: int  # 10 * major + minor
+
+
+HOPPER = Chip(num_sms=132, capability=90)  # H100, H200; assumed where there is no GPU to ask
+
+
+@cache
+def chip_of(device: torch.device) -> Chip:
+    if device.type != "cuda":
+        return HOPPER
+    properties = torch.cuda.get_device_properties(device)
+    return Chip(properties.multi_processor_count, 10 * properties.major + properties.minor)

@@ -1,0 +1,118 @@
+"""Tiles of decode attention: tuned ones, defaults, what tuning tries; and the number of splits."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import triton
+
+from kernels.gpu import tiles
+from kernels.kv_layout import features_per_token
+
+MAX_SPLITS = 64
+# What a program may have on its way to shared memory, of the 163 KiB of sm_80.
+MAX_TILE_BYTES = 144 * 1024
+
+_POLICIES = {"int4": 4, "int8": 8, "fp8": 16}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What the kernels are compiled for, beside their tile."""
+
+    num_kv_heads: int
+    group: int  # query heads per KV head
+    head_dim: int
+    block_size: int
+    policy: int
+    dtype: torch.dtype  # of the queries, and of plain keys and values
+
+    @property
+    def kv(self) -> str:
+        names = {policy: name for name, policy in _POLICIES.items()}
+        plain = next(name for name, dtype in _DTYPES.items() if dtype == self.dtype)
+        return names.get(self.policy, plain)
+
+    @property
+    def width(self) -> int:
+        """Columns of keys as they are loaded: a power of two."""
+        if self.policy == 0:
+            return int(triton.next_power_of_2(self.head_dim))
+        return int(triton.next_power_of_2(features_per_token(self.head_dim, self.policy)))
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    tokens: int  # per step of the loop; divides block_size
+    rows: int  # query heads of a program: 16 or more, for quantised caches 8 or more
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int  # so many splits as make it
+
+    def num_bytes(self, form: Form) -> int:
+        """Of the keys and values that `num_stages` keep in shared memory."""
+        itemsize = form.dtype.itemsize if form.policy == 0 else 1
+        return max(1, self.num_stages - 1) * 2 * self.tokens * form.width * itemsize
+
+
+def tile_for(form: Form) -> Tile:
+    found = tiles.lookup(
+        "decode_attention",
+        head_dim=form.head_dim,
+        group=form.group,
+        kv=form.kv,
+        block_size=form.block_size,
+    )
+    return default_tile(form) if found is None else Tile(**found)
+
+
+def default_tile(form: Form) -> Tile:
+    """Chosen from what the compiler makes of them (Triton 3.6 and 3.9), not yet from times."""
+    rows = 16 if form.group <= 16 else 32
+    # Three stages keep two tiles on their way: 64 KiB of bf16 per program at D = 128, and three
+    # programs' registers and shared memory fit an SM.
+    tokens = 32 if form.policy == 0 and form.head_dim > 128 else 64
+    if form.dtype == torch.float32:  # products without matrix units; larger tiles spill
+        tokens = 16
+    tokens = min(form.block_size, tokens)
+    return Tile(tokens, rows, num_warps=4, num_stages=3, programs_per_sm=3)
+
+
+def candidates(kernel: str, **key: Any) -> list[dict[str, Any]]:
+    """For a key of `tile_for`; the default first."""
+    assert kernel == "decode_attention"
+    form = form_of(key)
+    default = default_tile(form)
+    # Eight rows: half the work on scores, and matrix instructions that not every Triton feeds
+    # from registers (3.6 does not).
+    rows = [8, 16] if form.policy and form.group <= 8 else [default.rows]
+    tried = [
+        Tile(tokens, num_rows, num_warps, num_stages, default.programs_per_sm)
+        for tokens in (32, 64, 128)
+        for num_rows in rows
+        for num_warps in (4, 8)
+        for num_stages in (2, 3, 4)
+        if form.block_size % tokens == 0
+        and (num_warps == 4 or tokens == 128)  # 16 tokens to a warp
+    ]
+    tried = [default, *tried, *(replace(default, programs_per_sm=count) for count in (2, 4, 8))]
+    fitting = [tile for tile in tried if tile.num_bytes(form) <= MAX_TILE_BYTES]
+    return [asdict(tile) for tile in dict.fromkeys(fitting)]
+
+
+def form_of(key: dict[str, Any]) -> Form:
+    """Of a key; the number of heads, which it does not tell, is that of Llama-3-8B."""
+    return Form(
+        num_kv_heads=8,
+        group=key["group"],
+        head_dim=key["head_dim"],
+        block_size=key["block_size"],
+        policy=_POLICIES.get(key["kv"], 0),
+        dtype=_DTYPES.get(key["kv"], torch.bfloat16),
+    )
+
+
+def num_splits(programs: int, num_tiles: int, num_sms: int, programs_per_sm: int) -> int:
+    """As many as run at once, no more than tiles; at least one."""
+    return max(1, min(programs_per_sm * num_sms // programs, num_tiles, MAX_SPLITS))
