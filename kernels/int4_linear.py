@@ -9,6 +9,8 @@ A GPU multiplies up to MAX_KERNEL_ROWS rows by the packed weight, and more after
 a weight whose groups its kernels cannot take is kept dequantised.
 """
 
+from typing import Literal, overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,6 +52,18 @@ def pack_int4(
     if tiled and library() is not None:
         return pack_amx_int4(q, zeros, scales, int8_activations)
     return pack_aten_int4(q, zeros, scales, dtype, device, int8_activations)
+
+
+@overload
+def int4_linear(
+    x: Tensor, weight: Int4Weight, bias: Tensor | None, partial: Literal[False] = False
+) -> Tensor: ...
+
+
+@overload
+def int4_linear(
+    x: Tensor, weight: Int4Weight, bias: Tensor | None, partial: bool
+) -> Tensor | Partials: ...
 
 
 def int4_linear(

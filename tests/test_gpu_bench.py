@@ -75,7 +75,9 @@ def test_goals_are_met_or_missed_or_not_measured() -> None:
         "linears": {"rows": rows},
         "engine_int4": {"plain": {"ttft_ms": 20.0, "decode": {"1": {"tokens_per_s": 275.0}}}},
     }
-    found = {target.what: (target.met, target.ratio) for target in targets(report)}
+    found: dict[str, tuple[object, object]] = {
+        target.what: (target.met, target.ratio) for target in targets(report)
+    }
     assert found["int4 linears over cuBLAS bf16, M=1"] == (True, pytest.approx(1.0))
     assert found["int4 linears over cuBLAS bf16, M=16"] == (False, pytest.approx(2.9 / 3))
     assert found["int4 linears over cuBLAS bf16, M=32"] == (None, None)

@@ -10,6 +10,7 @@ from engine.weights.awq import dequantize, quantize_rtn
 from kernels import cpu
 from kernels.cpu.int4 import AmxInt4Weight
 from kernels.dense_linear import dense_linear, pack_dense
+from kernels.gpu.w4a16_pack import W4A16Weight
 from kernels.int4_aten import AtenInt4Weight, aten_int4_linear, pack_aten_int4
 from kernels.int4_linear import Int4Weight, int4_linear, pack_int4
 from kernels.int8_linear import ROW_BLOCK, has_int8_kernel, int8_linear, pack_int8
@@ -138,6 +139,7 @@ def test_int4_with_int8_activations(group_size: int, num_rows: int, bias: bool) 
     weight, exact = quantized(64, 512, group_size, torch.bfloat16, int8_activations=True)
     x = normal(num_rows, 512, seed=1).bfloat16()
     added = normal(64, seed=2).bfloat16() if bias else None
+    assert not isinstance(weight, W4A16Weight)
     assert weight.int8_activations
     few = isinstance(weight, AtenInt4Weight) and num_rows <= few_rows_of(weight)
     bound = TOLERANCE[torch.bfloat16] if few else INT8_TOLERANCE
