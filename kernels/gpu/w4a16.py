@@ -186,7 +186,7 @@ def _compile_case(
     hopper = tile.block_m > 32 or group_size < tile.block_k
     named = [fact for fact, given in facts.items() if given]
     return CompileCase(
-        " ".join(["w4a16", name, shape, ways, of, *named]),
+        " ".join([name, shape, ways, of, *named]),
         w4a16_kernel,
         (
             dtype, torch.int32, dtype, torch.uint8 if zeros else None, dtype if bias else None,

@@ -91,7 +91,7 @@ def dequantise_case(
     block_k = choose_block_k(BLOCK_K, k, group_size)
     name = f"{str(dtype).removeprefix('torch.')} {n}x{k} g{group_size}"
     return CompileCase(
-        f"dequantise {name}" + " zeros" * zeros,
+        name + " zeros" * zeros,
         _dequantise_kernel,
         (torch.int32, dtype, torch.uint8 if zeros else None, dtype, n, k),
         group_constants(k, group_size, block_k) | {"BLOCK_N": BLOCK_N, "BLOCK_K": block_k},
