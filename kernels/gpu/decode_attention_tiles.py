@@ -92,7 +92,7 @@ def candidates(kernel: str, **key: Any) -> list[dict[str, Any]]:
     rows = [8, 16] if form.policy and form.group <= 8 else [default.rows]
     tried = [
         Tile(tokens, num_rows, num_warps, num_stages, default.programs_per_sm)
-        for tokens in (32, 64, 128)
+        for tokens in ((64, 128) if form.policy else (32, 64, 128))
         for num_rows in rows
         for num_warps in (4, 8)
         for num_stages in (2, 3, 4)

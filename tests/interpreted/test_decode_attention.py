@@ -59,8 +59,9 @@ def random_queries(shape: Shape, num_seqs: int) -> Tensor:
     return torch.randn(size, generator=generator).to(shape.dtype)[:, : shape.num_heads]
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize(
+    ("head_dim", "splits"), [(64, 1), (64, 3), (80, 3), (96, 1), (128, 2), (256, 3)]
+)
 @pytest.mark.parametrize("policy", [0, 4, 8, 16])
 def test_caches_and_head_sizes(
     policy: int, head_dim: int, splits: int, monkeypatch: pytest.MonkeyPatch
