@@ -32,12 +32,25 @@ def disassemble(cubin: bytes) -> tuple[int, int, list[str]]:
 
 
 def main_loop(code: Sequence[str]) -> list[str]:
-    """Instructions of the longest loop, of one with matrix instructions if there is one."""
+    """Instructions of the loop in which the time goes.
+
+    Of the innermost loops with the most matrix instructions the shortest: others also mask. Without
+    matrix instructions the longest.
+    """
     labels = {match[1]: i for i, line in enumerate(code) if (match := _LABEL.match(line))}
-    loops: list[list[str]] = [[]]
-    for i, line in enumerate(code):
-        branch = _BRANCH.search(line)
-        # A branch to itself follows the last EXIT.
-        if branch and labels[branch[1]] < i - 1:
-            loops.append([x for x in code[labels[branch[1]] : i + 1] if not _LABEL.match(x)])
-    return max(loops, key=lambda loop: (any("MMA" in line for line in loop), len(loop)))
+    branches = [(i, match[1]) for i, line in enumerate(code) if (match := _BRANCH.search(line))]
+    # A branch to itself follows the last EXIT.
+    spans = [(labels[label], i + 1) for i, label in branches if labels[label] < i - 1]
+    loops = [
+        [line for line in code[start:end] if not _LABEL.match(line)]
+        for start, end in spans
+        if not any(start <= s and e <= end and (s, e) != (start, end) for s, e in spans)
+    ]
+    most = max(map(_num_products, loops), default=0)
+    if most == 0:
+        return max(loops, key=len, default=[])
+    return min((loop for loop in loops if _num_products(loop) == most), key=len)
+
+
+def _num_products(loop: Sequence[str]) -> int:
+    return sum("MMA" in line for line in loop)
