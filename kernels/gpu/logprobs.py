@@ -21,7 +21,7 @@ MAX_TOP = 32  # places for the most likely of a block; at most 20 can be asked f
 TAKEN = tl.constexpr(-(2**31))  # less than the integer of any float
 
 
-@triton.jit(do_not_specialize=["stride_logits", "num_top"])
+@triton.jit(do_not_specialize=["num_top"])
 def _block_kernel(
     logits_ptr,  # [S, VOCAB]
     rows_ptr,  # int32 [A] of the logits, None: row after row
@@ -61,7 +61,7 @@ def _block_kernel(
         keys = tl.where(offs == first + winner, TAKEN, keys)
 
 
-@triton.jit(do_not_specialize=["stride_logits", "num_top", "stride_out"])
+@triton.jit(do_not_specialize=["num_top", "stride_out"])
 def _merge_kernel(
     logits_ptr,  # [S, VOCAB]
     rows_ptr,  # int32 [A], None: row after row

@@ -6,246 +6,31 @@ Math: out = softmax(scale * q k^T + mask) v. Query i of a sequence's chunk of n 
 context_len - n + i and sees the keys up to itself, within the window. Scores are in base 2
 (scale * log2 e), so that a multiply-add and an exp2 make a weight; -1e30 stands for -inf.
 
-A program takes BLOCK_M rows, the G query heads of one key head for BLOCK_M // G queries of one
-sequence, and walks that sequence's keys in tiles of BLOCK_N, each within one block of the cache.
-Only tiles on the diagonal and at the window's edge are masked, in loops of their own; what no query
-of the program sees is not read. The last queries of a chunk see the most keys and start first.
+A program takes the G query heads of one key head for some queries of one sequence and walks that
+sequence's keys in tiles, each within one block of the cache. Only tiles on the diagonal and at the
+window's edge are masked, in loops of their own; what no query of the program sees is not read. The
+last queries of a chunk see the most keys and start first.
 
 The step's own keys and values were stored before this runs and are read from the cache, as every
-later step will read them, quantised ones too. Key tiles begin at multiples of BLOCK_N and a tile
-that a row does not see changes nothing in it: however a prompt is cut into chunks, each of its
-queries has the same sums in the same order. So no schedule shows in the tokens.
-
-Quantised tiles become float16 keys and values (c * scale + z of kernels/gpu/kv_unpack.py) rather
-than scaling scores and weights, as decode does: with BLOCK_M rows of 128 there are as many scores
-as elements of the tile, and two of these take one instruction.
+later step will read them, quantised ones too. Tiles begin at multiples of their size, and one that
+a row does not see changes nothing in it: however a prompt is cut into chunks, each query's sums
+have the same terms in the same order. So no schedule shows in the tokens.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu import tiles
+from kernels.gpu import interpreted, tiles
 from kernels.gpu.compile import CompileCase
-from kernels.gpu.flags import INTERPRET, LOG2_E
-from kernels.gpu.kv_unpack import centred_params, feature_order, unpack_k, unpack_vt
+from kernels.gpu.prefill_attention_kernel import prefill_kernel
 from kernels.gpu.step import GpuStep
-from kernels.kv_layout import POLICIES, LayerCache, QuantizedKV, features_per_token
+from kernels.kv_layout import LayerCache, QuantizedKV, features_per_token
 
-
-@triton.jit
-def _find_tile(query_start_loc_ptr, first_row, num_rows, tile, BLOCK_Q: tl.constexpr):
-    """The row of the tile, and the tile's number among that row's.
-
-    Rows begin at tile (their first query) // BLOCK_Q + (their number): enough tiles for each, known
-    from the prefix sums alone.
-    """
-    origin = tl.load(query_start_loc_ptr + first_row)
-    before = -1
-    for start in tl.range(0, num_rows, 64):
-        rows = start + tl.arange(0, 64)
-        queries = tl.load(query_start_loc_ptr + first_row + rows, mask=rows < num_rows, other=0)
-        first_tiles = (queries - origin) // BLOCK_Q + rows
-        before += tl.sum(((first_tiles <= tile) & (rows < num_rows)).to(tl.int32))
-    row = first_row + before
-    first_tile = (tl.load(query_start_loc_ptr + row) - origin) // BLOCK_Q + before
-    return row, tile - first_tile
-
-
-@triton.jit
-def _load_tile(
-    k_ptr, v_ptr, params_ptr, table_ptr, head, key, end,
-    HKV: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, POLICY: tl.constexpr, EXACT: tl.constexpr,
-    MASKED: tl.constexpr,
-):  # fmt: skip
-    """Keys and values [BLOCK_N, BLOCK_D] of positions from `key`.
-
-    Where MASKED, values at `end` and behind are 0, whatever is in the cache there.
-    """
-    offs_n = tl.arange(0, BLOCK_N)
-    block = tl.load(table_ptr + key // BLOCK_SIZE).to(tl.int64)
-    present = key + offs_n < end
-    if POLICY == 0:
-        slot = (block * (2 * HKV) + head) * BLOCK_SIZE + key % BLOCK_SIZE
-        offs_d = tl.arange(0, BLOCK_D)
-        offsets = offs_n[:, None] * D + offs_d[None, :]
-        mask = (offs_d < D)[None, :]
-        k = _load(k_ptr + slot * D + offsets, mask, BLOCK_D != D)
-        v = _load(v_ptr + slot * D + offsets, mask & present[:, None], MASKED or BLOCK_D != D)
-        if INTERPRET:
-            k = k.to(tl.float32)
-            v = v.to(tl.float32)
-    else:
-        FOLDED: tl.constexpr = BLOCK_D // 2 if POLICY == 4 else BLOCK_D  # F's power of two
-        slot = (block * HKV + head) * BLOCK_SIZE + key % BLOCK_SIZE
-        words_n = tl.arange(0, BLOCK_N // 4)
-        words_d = tl.arange(0, FOLDED // 4)
-        k_offsets = offs_n[:, None] * (F // 4) + words_d[None, :]
-        k_mask = (words_d < F // 4)[None, :]
-        k_words = _load(k_ptr + slot * (F // 4) + k_offsets, k_mask, FOLDED != F)
-        offs_f = tl.arange(0, FOLDED)
-        v_offsets = words_n[:, None] * F + offs_f[None, :]
-        v_words = _load(v_ptr + slot * (F // 4) + v_offsets, (offs_f < F)[None, :], FOLDED != F)
-        params_slot = (block * (2 * HKV) + head) * BLOCK_SIZE + key % BLOCK_SIZE
-        params_ptrs = params_ptr + params_slot + offs_n
-        k_scale, k_zero = centred_params(tl.load(params_ptrs), POLICY)
-        v_scale, v_zero = centred_params(tl.load(params_ptrs + HKV * BLOCK_SIZE), POLICY)
-        k = unpack_k(k_words, POLICY, EXACT)
-        v = unpack_vt(v_words, POLICY, EXACT)
-        k = k * k_scale.to(k.dtype)[:, None]
-        v = v * v_scale.to(v.dtype)[None, :]
-        if POLICY != 16:
-            k += k_zero.to(k.dtype)[:, None]
-            v += v_zero.to(v.dtype)[None, :]
-        if MASKED:
-            v = tl.where(present[None, :], v, 0.0)
-        v = tl.trans(v)
-    return k, v
-
-
-@triton.jit
-def _load(pointers, mask, MASKED: tl.constexpr):
-    return tl.load(pointers, mask=mask, other=0) if MASKED else tl.load(pointers)
-
-
-@triton.jit
-def _attend(
-    q, acc, row_max, row_sum, positions, slopes, start, end,
-    k_ptr, v_ptr, params_ptr, table_ptr, head, scale, window, soft_cap,
-    HKV: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, POLICY: tl.constexpr, EXACT: tl.constexpr,
-    MASKED: tl.constexpr,
-):  # fmt: skip
-    """The rows' maxima, sums and weighted values after the keys from `start` up to `end`."""
-    offs_n = tl.arange(0, BLOCK_N)
-    for key in tl.range(start, end, BLOCK_N):
-        k, v = _load_tile(
-            k_ptr, v_ptr, params_ptr, table_ptr, head, key, end,
-            HKV, D, F, BLOCK_SIZE, BLOCK_D, BLOCK_N, POLICY, EXACT, MASKED,
-        )  # fmt: skip
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        factor = scale * LOG2_E
-        if soft_cap is not None:  # tanh(x) = 1 - 2 / (1 + e^2x)
-            cap = soft_cap * LOG2_E
-            scores = cap - 2.0 * cap / (1.0 + tl.exp2(scores * (2.0 * factor / soft_cap)))
-        if slopes is not None:
-            if soft_cap is None:
-                scores *= factor
-            distance = (key + offs_n)[None, :] - positions[:, None]
-            scores += (slopes * LOG2_E)[:, None] * distance.to(tl.float32)
-        if soft_cap is not None or slopes is not None:
-            factor = 1.0
-        seen = scores
-        if MASKED:
-            mask = (key + offs_n)[None, :] <= positions[:, None]
-            if window is not None:
-                mask &= (key + offs_n)[None, :] > positions[:, None] - window
-            seen = tl.where(mask, scores, -1e30)
-        new_max = tl.maximum(row_max, tl.max(seen, 1) * factor)
-        p = tl.exp2(scores * factor - new_max[:, None])
-        if MASKED:  # a hidden score may be NaN, or its weight infinite
-            p = tl.where(mask, p, 0.0)
-        decay = tl.exp2(row_max - new_max)
-        row_sum = row_sum * decay + tl.sum(p, 1)
-        row_max = new_max
-        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-    return acc, row_max, row_sum
-
-
-@triton.jit(do_not_specialize=["window", "first_row", "num_rows", "table_stride"])
-def _prefill_kernel(
-    q_ptr,  # [T, HKV * G, D]
-    k_ptr,
-    v_ptr,
-    params_ptr,  # None: keys and values are plain
-    slopes_ptr,  # float32 [HKV * G], or None
-    query_start_loc_ptr,
-    context_lens_ptr,
-    rows_ptr,
-    block_tables_ptr,
-    out_ptr,
-    scale,
-    window,  # None: all keys
-    soft_cap,
-    first_row,
-    num_rows,
-    table_stride,
-    HKV: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    F: tl.constexpr,  # bytes of a token's keys; plain: D
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr,  # columns of an unpacked tile
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    POLICY: tl.constexpr,
-    EXACT: tl.constexpr,
-):
-    BLOCK_Q: tl.constexpr = BLOCK_M // G
-    head = tl.program_id(0)
-    row, tile = _find_tile(query_start_loc_ptr, first_row, num_rows, tl.program_id(1), BLOCK_Q)
-    first_token = tl.load(query_start_loc_ptr + row)
-    query_len = tl.load(query_start_loc_ptr + row + 1) - first_token
-    context_len = tl.load(context_lens_ptr + row)
-    tile = tl.cdiv(query_len, BLOCK_Q) - 1 - tile
-    if (tile < 0) | (context_len == 0):
-        return
-
-    offs_m = tl.arange(0, BLOCK_M)
-    queries = tile * BLOCK_Q + offs_m // G
-    if POLICY == 0:
-        offs_d = tl.arange(0, BLOCK_D)
-    else:
-        offs_d = tl.max_contiguous(tl.multiple_of(feature_order(BLOCK_D, F, POLICY), 8), 8)
-    mask = ((queries < query_len) & (offs_m < BLOCK_Q * G))[:, None] & (offs_d < D)[None, :]
-    q_rows = ((first_token + queries).to(tl.int64) * HKV + head) * G + offs_m % G
-    offsets = q_rows[:, None] * D + offs_d[None, :]
-    q = tl.load(q_ptr + offsets, mask=mask, other=0.0)
-    if EXACT:
-        q = q.to(tl.float32)
-    elif POLICY != 0:
-        q = q.to(tl.float16)
-    slopes = None
-    if slopes_ptr is not None:
-        slopes = tl.load(slopes_ptr + head * G + offs_m % G)
-
-    # Keys [start, edge) and [diagonal, end) are masked; all queries see those in between.
-    first = context_len - query_len + tile * BLOCK_Q  # position of the first query
-    end = tl.minimum(first + BLOCK_Q, context_len)
-    diagonal = (first + 1) // BLOCK_N * BLOCK_N
-    start = 0
-    edge = 0
-    if window is not None:
-        start = tl.maximum(first + 1 - window, 0) // BLOCK_N * BLOCK_N
-        edge = tl.minimum(tl.cdiv(tl.maximum(end - window, 0), BLOCK_N) * BLOCK_N, diagonal)
-
-    positions = context_len - query_len + queries
-    table_ptr = block_tables_ptr + tl.load(rows_ptr + row).to(tl.int64) * table_stride
-    row_max = tl.full((BLOCK_M,), -1e30, tl.float32)
-    row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    if window is not None:
-        acc, row_max, row_sum = _attend(
-            q, acc, row_max, row_sum, positions, slopes, start, edge,
-            k_ptr, v_ptr, params_ptr, table_ptr, head, scale, window, soft_cap,
-            HKV, D, F, BLOCK_SIZE, BLOCK_D, BLOCK_N, POLICY, EXACT, True,
-        )  # fmt: skip
-    acc, row_max, row_sum = _attend(
-        q, acc, row_max, row_sum, positions, slopes, edge, diagonal,
-        k_ptr, v_ptr, params_ptr, table_ptr, head, scale, window, soft_cap,
-        HKV, D, F, BLOCK_SIZE, BLOCK_D, BLOCK_N, POLICY, EXACT, False,
-    )  # fmt: skip
-    acc, row_max, row_sum = _attend(
-        q, acc, row_max, row_sum, positions, slopes, diagonal, end,
-        k_ptr, v_ptr, params_ptr, table_ptr, head, scale, window, soft_cap,
-        HKV, D, F, BLOCK_SIZE, BLOCK_D, BLOCK_N, POLICY, EXACT, True,
-    )  # fmt: skip
-    out = acc * (1.0 / row_sum)[:, None]
-    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
+KV_POLICIES = {"plain": 0, "int8": 8, "int4": 4, "fp8": 16}
 
 
 def prefill_attention(
@@ -265,10 +50,7 @@ def prefill_attention(
         assert cache.head_dim == head_dim
         policy, num_kv_heads, block_size = cache.policy, cache.num_kv_heads, cache.block_size
         k, v, params = cache.k, cache.v, cache.params
-        assert k.is_contiguous()
-        assert v.is_contiguous()
-        assert params is not None
-        assert params.is_contiguous()
+        assert all(x.is_contiguous() for x in (k, v, cache.params))
     else:
         assert cache.dtype == q.dtype
         assert cache.shape[3] == head_dim
@@ -292,10 +74,12 @@ def prefill_attention(
         return
     group = num_heads // num_kv_heads
     tile = _tile(q, policy, group, block_size)
+    if policy and head_dim > 128:  # as a register operand, converted here, it would spill
+        q = q if q.dtype == torch.float32 else q.half()
     num_queries = num_tokens - step.num_decodes  # a decode row has one
-    grid = (num_kv_heads, num_queries // (tile["block_m"] // group) + num_rows)
     constants, options = _form(q.dtype, policy, num_kv_heads, group, head_dim, block_size, tile)
-    _prefill_kernel[grid](
+    grid = (num_kv_heads, num_queries // (constants["BLOCK_M"] // group) + num_rows)
+    prefill_kernel[grid](
         q, k, v, params, alibi_slopes, step.query_start_loc, step.context_lens, step.rows,
         step.block_tables, out, scale, window, soft_cap, step.num_decodes, num_rows,
         step.block_tables.stride(0), **constants, **options,
@@ -303,31 +87,54 @@ def prefill_attention(
 
 
 def _tile(q: Tensor, policy: int, group: int, block_size: int) -> tiles.Tile:
-    kv = ("plain", "int4", "int8", "fp8")[POLICIES.index(policy)]
-    if q.dtype == torch.float32:
-        kv += ", exact"
-    head_dim = q.shape[2]
-    tuned = tiles.lookup(
-        "prefill_attention", head_dim=head_dim, group=group, kv=kv, block_size=block_size
-    )
+    head_dim, exact = q.shape[2], q.dtype == torch.float32
+    if not exact:  # which is for tests
+        kv = next(name for name, value in KV_POLICIES.items() if value == policy)
+        tuned = tiles.lookup(
+            "prefill_attention", head_dim=head_dim, group=group, kv=kv, block_size=block_size
+        )
+        if tuned is not None:
+            return tuned
     hopper = not q.is_cuda or torch.cuda.get_device_capability(q.device) >= (9, 0)
-    return tuned or _default_tile(head_dim, q.dtype == torch.float32, hopper)
+    return default_tile(head_dim, policy, exact=exact, hopper=hopper)
 
 
-def _default_tile(head_dim: int, exact: bool, hopper: bool) -> tiles.Tile:
-    """What the registers of one CTA hold without spilling (benchmarks will know better).
+def default_tile(head_dim: int, policy: int, *, exact: bool, hopper: bool) -> tiles.Tile:
+    """What compiles without spilling, as large as that.
 
-    128 rows halve the reads of keys and values from L2 that 64 would make, which would take more
-    than its bandwidth at the matrix units' full rate. Exact products are made by multiply-adds,
-    whose operands all pass through registers.
+    128 rows need half the reads of keys and values from L2 that 64 would, which at the matrix
+    units' full rate were beyond it. The block's number is a load before the loads of a tile: five
+    stages keep one tile in flight while another is computed, three none. Exact products are
+    multiply-adds, all of whose operands pass through registers.
     """
+    wide = head_dim > 128
     if exact:
-        sizes = (32, 16, 8, 2) if head_dim <= 128 else (16, 16, 4, 1)
-    elif head_dim <= 128:
-        sizes = (128, 64, 8, 3) if hopper else (128, 32, 8, 3)
+        sizes = (16, 16, 4, 1) if wide or policy else (32, 16, 8, 2)
+    elif hopper:
+        sizes = ((64, 16, 8, 5) if policy else (128, 32, 8, 5)) if wide else (128, 64, 8, 5)
+    elif policy:
+        sizes = (64, 16, 8, 5) if wide else (64, 32, 4, 5)
     else:
-        sizes = (128, 32, 8, 2) if hopper else (64, 32, 8, 2)
-    return dict(zip(("block_m", "block_n", "num_warps", "num_stages"), sizes, strict=True))
+        sizes = (64, 32, 8, 5) if wide else (128, 32, 8, 5)
+    return _as_tile(*sizes)
+
+
+def _as_tile(block_m: int, block_n: int, num_warps: int, num_stages: int) -> tiles.Tile:
+    sizes = {"block_m": block_m, "block_n": block_n}
+    return sizes | {"num_warps": num_warps, "num_stages": num_stages}
+
+
+def candidates(kernel: str, **key: int | str) -> list[tiles.Tile]:
+    """Fewer rows let two blocks share an SM, one computing weights while the other multiplies."""
+    assert kernel == "prefill_attention"
+    sizes = [
+        (block_m, block_n, num_warps, num_stages)
+        for block_m, num_warps in ((64, 4), (128, 4), (128, 8))
+        for block_n in (32, 64, 128)
+        for num_stages in (3, 5, 7)
+        if block_n <= int(key["block_size"])
+    ]
+    return [_as_tile(*each) for each in sizes]
 
 
 def _form(
@@ -338,7 +145,7 @@ def _form(
     head_dim: int,
     block_size: int,
     tile: tiles.Tile,
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[str, int]]:
     """The kernel's constants and launch options."""
     features = features_per_token(head_dim, policy)
     constants = {
@@ -348,62 +155,76 @@ def _form(
         "F": features,
         "BLOCK_SIZE": block_size,
         "BLOCK_D": triton.next_power_of_2(features) * (2 if policy == 4 else 1),
-        "BLOCK_M": tile["block_m"],
+        "BLOCK_M": max(tile["block_m"], triton.next_power_of_2(group)),
         "BLOCK_N": min(tile["block_n"], block_size),
         "POLICY": policy,
-        "EXACT": dtype == torch.float32 or INTERPRET.value,
+        "EXACT": dtype == torch.float32 or interpreted(),
     }
     return constants, {"num_warps": tile["num_warps"], "num_stages": tile["num_stages"]}
 
 
 def compile_cases() -> list[CompileCase]:
-    """Each type and size on both generations, and what a model may add to the scores."""
-    bf16, fp32 = torch.bfloat16, torch.float32
-    forms = [
-        (bf16, 0, 128),
-        (bf16, 0, 80),
-        (bf16, 0, 256),
-        (bf16, 8, 128),
-        (bf16, 4, 128),
-        (fp32, 0, 128),
-    ]
-    return [
-        *(_case(*form, hopper=hopper) for hopper in (False, True) for form in forms),
-        _case(bf16, 16, 128, hopper=True),
-        _case(bf16, 0, 128, hopper=True, window=True),
-        _case(bf16, 0, 128, hopper=True, soft_cap=True),
-        _case(bf16, 0, 128, hopper=True, slopes=True),
-    ]
+    """Every kind of cache on both generations, then what differs: head sizes, masks, blocks."""
+    return list(_cases())
+
+
+def tile_case(kernel: str, key: dict[str, int | str], tile: tiles.Tile) -> CompileCase:
+    """Of a tuned tile."""
+    assert kernel == "prefill_attention"
+    return _case(
+        int(key["head_dim"]),
+        KV_POLICIES[str(key["kv"])],
+        group=int(key["group"]),
+        block_size=int(key["block_size"]),
+        tile=tile,
+    )
+
+
+def _cases() -> Iterator[CompileCase]:
+    for hopper in (True, False):
+        for policy in (0, 8, 4):
+            yield _case(128, policy, hopper=hopper)
+        yield _case(256, 0, hopper=hopper)
+    yield _case(128, 16)
+    yield _case(256, 8)
+    yield _case(80, 4)
+    yield _case(128, 0, masks=True)
+    yield _case(64, 8, window=4096)
+    yield _case(128, 0, block_size=16, group=7)
+    yield _case(128, 0, torch.float32)
+    yield _case(128, 8, torch.float32)
 
 
 def _case(
-    dtype: torch.dtype,
-    policy: int,
     head_dim: int,
+    policy: int,
+    dtype: torch.dtype = torch.bfloat16,
     *,
-    hopper: bool,
     group: int = 4,
     block_size: int = 64,
+    hopper: bool = True,
     tile: tiles.Tile | None = None,
-    window: bool = False,
-    soft_cap: bool = False,
-    slopes: bool = False,
+    window: int | None = None,
+    masks: bool = False,
 ) -> CompileCase:
-    tile = tile or _default_tile(head_dim, dtype == torch.float32, hopper)
+    exact = dtype == torch.float32
+    tile = tile or default_tile(head_dim, policy, exact=exact, hopper=hopper)
     constants, options = _form(dtype, policy, 8, group, head_dim, block_size, tile)
-    stored = torch.int32 if policy else dtype
-    added = {"window": window, "soft cap": soft_cap, "alibi": slopes}
-    words = [str(dtype)[6:], f"kv {policy}", f"D {head_dim}", *(k for k, v in added.items() if v)]
+    q_dtype = torch.float16 if policy and head_dim > 128 else dtype
+    cache = (torch.int32,) * 3 if policy else (dtype, dtype, None)
+    kv = next(name for name, value in KV_POLICIES.items() if value == policy)
+    name = f"{str(dtype).removeprefix('torch.')} {kv} D{head_dim} G{group} block {block_size}"
+    name += f" tile {constants['BLOCK_M']}x{constants['BLOCK_N']} w{options['num_warps']}"
+    window = 4096 if masks else window
     return CompileCase(
-        label=f"prefill_attention {', '.join(words)}, {'sm_90' if hopper else 'sm_80'} tile",
-        kernel=_prefill_kernel,
-        arguments=(
-            dtype, stored, stored, torch.int32 if policy else None,
-            torch.float32 if slopes else None, *[torch.int32] * 4, dtype,
-            0.1, 1000 if window else None, 30.0 if soft_cap else None, 1, 1, 1,
+        name + " window" * (window is not None) + " cap" * masks,
+        prefill_kernel,
+        (
+            q_dtype, *cache, None, *(torch.int32,) * 4, dtype, 0.125,
+            window, 50.0 if masks else None, 3, 5, 1024,
         ),
-        constants=constants,
-        options=options,
-        elements=constants["BLOCK_M"] * constants["BLOCK_N"],
-        min_capability=90 if hopper or policy == 16 else 80,
+        constants,
+        options,
+        elements=constants["BLOCK_M"] * constants["BLOCK_N"],  # scores
+        min_capability=90 if hopper and not exact else 80,
     )  # fmt: skip

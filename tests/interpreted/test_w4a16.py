@@ -1,5 +1,10 @@
 """The W4A16 kernels against float64 products of the dequantised weight."""
 
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +17,7 @@ from kernels.gpu.w4a16_pack import W4A16Weight, pack_w4a16
 from kernels.gpu.w4a16_tiles import MAX_KERNEL_ROWS, Tile
 from kernels.int4_linear import int4_linear, int4_silu_mul, pack_int4
 from kernels.partials import Partials, summed
+from kernels.stored_weight import restore, store
 
 # The interpreter computes in float32 and cuts what it rounds to bf16 off: 2^-7.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -61,15 +67,22 @@ def tiled(monkeypatch: pytest.MonkeyPatch, *values: object, **more: object) -> N
 
 
 @pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs begin as NaN, so that one which is not written shows."""
-    empty, new_empty = torch.empty, Tensor.new_empty
+def guards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Outputs begin as NaN, and so does what lies behind them, which nobody may write."""
+    behind: list[Tensor] = []
+    new_empty = Tensor.new_empty
 
-    def nan(value: Tensor) -> Tensor:
-        return value.fill_(torch.nan) if value.is_floating_point() else value
+    def guarded(like: Tensor, *shape: int, **kwargs: Any) -> Tensor:
+        size = math.prod(shape)
+        if size == 0:  # the interpreter's own
+            return new_empty(like, *shape, **kwargs)
+        memory = new_empty(like, size + 4096, **kwargs).fill_(torch.nan)
+        behind.append(memory[size:])
+        return memory[:size].view(shape)
 
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: nan(empty(*a, **k)))
-    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: nan(new_empty(*a, **k)))
+    monkeypatch.setattr(Tensor, "new_empty", guarded)
+    yield
+    assert all(bool(each.isnan().all()) for each in behind)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -89,7 +102,17 @@ def test_linear(dtype: torch.dtype, symmetric: bool, m: int, bias: bool) -> None
 @pytest.mark.parametrize("scale", ["after", "before"])
 @pytest.mark.parametrize(
     ("n", "k", "group_size"),
-    [(64, 96, 32), (72, 192, 64), (8, 128, 128), (200, 224, 32), (64, 192, 96), (320, 256, 128)],
+    [
+        (64, 96, 32),
+        (72, 192, 64),
+        (8, 128, 128),
+        (200, 224, 32),
+        (64, 192, 96),
+        (320, 256, 128),
+        (64, 256, 32),  # four groups in a step
+        (128, 384, 64),  # two
+        (64, 512, 256),
+    ],
 )
 def test_shapes(
     monkeypatch: pytest.MonkeyPatch, n: int, k: int, group_size: int, scale: str
@@ -178,6 +201,27 @@ def test_results_repeat() -> None:
     x = normal(16, 512, seed=14, dtype=torch.bfloat16)
     first, second = (summed(int4_linear(x, weight, None)) for _ in range(2))
     assert torch.equal(first, second)
+
+
+def test_parts_of_larger_tensors_are_packed() -> None:
+    """A rank's columns of a checkpoint's tensors, as they are read."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(0, 16, (128, 512), generator=generator, dtype=torch.uint8)[:, :256]
+    zeros = torch.randint(0, 16, (2, 512), generator=generator, dtype=torch.uint8)[:, :256]
+    scales = torch.rand(2, 512, generator=generator)[:, :256]
+    part = pack_w4a16(q, zeros, scales, torch.float32, "cuda")
+    q, zeros, scales = (x.contiguous() for x in (q, zeros, scales))
+    whole = pack_w4a16(q, zeros, scales, torch.float32, "cuda")
+    assert torch.equal(dequantise(part), dequantise(whole))
+
+
+def test_a_stored_weight_comes_back() -> None:
+    weight, _ = packed(72, 96, 32, order=torch.arange(96).flip(0))
+    form, tensors = store("w", weight)
+    restored = restore(json.loads(json.dumps(form)), tensors)
+    x = normal(2, 96, seed=15)
+    assert restored.shape == weight.shape
+    assert torch.equal(summed(int4_linear(x, restored, None)), summed(int4_linear(x, weight, None)))
 
 
 def test_padding_is_zero() -> None:

@@ -1,0 +1,185 @@
+"""The kernel of prefill_attention.py: BLOCK_M rows of one key head against their sequence's keys.
+
+Rows are the G query heads of the key head for BLOCK_M // G queries of one sequence. Keys come tile
+by tile, with a running maximum. Over a plain cache out accumulates as P V [BLOCK_M, BLOCK_D], over
+a quantised one as V^T P^T [BLOCK_D, BLOCK_M] (prefill_attention_loads.py).
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.gpu.flags import LOG2_E
+from kernels.gpu.prefill_attention_loads import load_plain_tile, load_quantized_tile
+
+
+@triton.jit
+def _find_tile(query_start_loc_ptr, first_row, num_rows, tile, BLOCK_Q: tl.constexpr):
+    """The row of the tile, and the tile's number among that row's.
+
+    Rows begin at tile (their first query) // BLOCK_Q + (their number): enough tiles for each, known
+    from the prefix sums alone.
+    """
+    origin = tl.load(query_start_loc_ptr + first_row)
+    before = -1
+    for start in tl.range(0, num_rows, 64):
+        rows = start + tl.arange(0, 64)
+        queries = tl.load(query_start_loc_ptr + first_row + rows, mask=rows < num_rows, other=0)
+        first_tiles = (queries - origin) // BLOCK_Q + rows
+        before += tl.sum(((first_tiles <= tile) & (rows < num_rows)).to(tl.int32))
+    row = first_row + before
+    first_tile = (tl.load(query_start_loc_ptr + row) - origin) // BLOCK_Q + before
+    return row, tile - first_tile
+
+
+@triton.jit
+def _attend(
+    q, acc, row_max, row_sum, positions, slopes, start, end,
+    k_ptr, v_ptr, params_ptr, table_ptr, head, scale, window, soft_cap,
+    HKV: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, POLICY: tl.constexpr, EXACT: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """The rows' maxima, sums and weighted values after the keys from `start` up to `end`."""
+    BLOCK_F: tl.constexpr = BLOCK_D // 2 if POLICY == 4 else BLOCK_D
+    offs_n = tl.arange(0, BLOCK_N)
+    for key in tl.range(start, end, BLOCK_N):
+        if POLICY == 0:
+            k, v = load_plain_tile(
+                k_ptr, v_ptr, table_ptr, head, key, end,
+                HKV, D, BLOCK_SIZE, BLOCK_D, BLOCK_N, MASKED,
+            )  # fmt: skip
+        else:
+            k, v = load_quantized_tile(
+                k_ptr, v_ptr, params_ptr, table_ptr, head, key, end,
+                HKV, F, BLOCK_SIZE, BLOCK_F, BLOCK_N, POLICY, EXACT, MASKED,
+            )  # fmt: skip
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        factor = scale * LOG2_E
+        if soft_cap is not None:  # tanh(x) = 1 - 2 / (1 + e^2x)
+            cap = soft_cap * LOG2_E
+            scores = cap - 2.0 * cap / (1.0 + tl.exp2(scores * (2.0 * factor / soft_cap)))
+        if slopes is not None:
+            if soft_cap is None:
+                scores *= factor
+            distance = (key + offs_n)[None, :] - positions[:, None]
+            scores += (slopes * LOG2_E)[:, None] * distance.to(tl.float32)
+        if soft_cap is not None or slopes is not None:
+            factor = 1.0
+        seen = scores
+        if MASKED:
+            mask = (key + offs_n)[None, :] <= positions[:, None]
+            if window is not None:
+                mask &= (key + offs_n)[None, :] > positions[:, None] - window
+            seen = tl.where(mask, scores, -1e30)
+        new_max = tl.maximum(row_max, tl.max(seen, 1) * factor)
+        p = tl.exp2(scores * factor - new_max[:, None])
+        if MASKED:  # a hidden score may be NaN, or its weight infinite
+            p = tl.where(mask, p, 0.0)
+        decay = tl.exp2(row_max - new_max)
+        row_sum = row_sum * decay + tl.sum(p, 1)
+        row_max = new_max
+        p = p.to(v.dtype)
+        if POLICY == 0:
+            acc = tl.dot(p, v, acc * decay[:, None], input_precision="ieee")
+        else:
+            acc = tl.dot(v, tl.trans(p), acc * decay[None, :], input_precision="ieee")
+    return acc, row_max, row_sum
+
+
+@triton.jit(do_not_specialize=["window", "first_row", "num_rows", "table_stride"])
+def prefill_kernel(
+    q_ptr,  # [T, HKV * G, D]
+    k_ptr,
+    v_ptr,
+    params_ptr,  # None: keys and values are plain
+    slopes_ptr,  # float32 [HKV * G], or None
+    query_start_loc_ptr,
+    context_lens_ptr,
+    rows_ptr,
+    block_tables_ptr,
+    out_ptr,
+    scale,
+    window,  # None: all keys
+    soft_cap,
+    first_row,
+    num_rows,
+    table_stride,
+    HKV: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,  # bytes of a token's keys; plain: D
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # columns of an unpacked tile
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    POLICY: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    BLOCK_Q: tl.constexpr = BLOCK_M // G
+    head = tl.program_id(0)
+    row, tile = _find_tile(query_start_loc_ptr, first_row, num_rows, tl.program_id(1), BLOCK_Q)
+    first_token = tl.load(query_start_loc_ptr + row)
+    query_len = tl.load(query_start_loc_ptr + row + 1) - first_token
+    context_len = tl.load(context_lens_ptr + row)
+    tile = tl.cdiv(query_len, BLOCK_Q) - 1 - tile
+    if (tile < 0) | (context_len == 0):
+        return
+
+    offs_m = tl.arange(0, BLOCK_M)
+    queries = tile * BLOCK_Q + offs_m // G
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    if POLICY == 4:  # feature_order of kv_unpack.py, from which the compiler sees runs of 8
+        offs_f = offs_d // 16 * 8 + offs_d % 8
+        offs_d = offs_f + offs_d // 8 % 2 * F
+        mask_d = (offs_f < F) & (offs_d < D)
+    mask = ((queries < query_len) & (offs_m < BLOCK_Q * G))[:, None] & mask_d[None, :]
+    q_rows = ((first_token + queries).to(tl.int64) * HKV + head) * G + offs_m % G
+    offsets = q_rows[:, None] * D + offs_d[None, :]
+    q = tl.load(q_ptr + offsets, mask=mask, other=0.0)
+    if EXACT:
+        q = q.to(tl.float32)
+    elif POLICY != 0:
+        q = q.to(tl.float16)
+    slopes = None
+    if slopes_ptr is not None:
+        slopes = tl.load(slopes_ptr + head * G + offs_m % G)
+
+    # Keys [start, edge) and [diagonal, end) are masked; all queries see those in between.
+    first = context_len - query_len + tile * BLOCK_Q  # position of the first query
+    end = tl.minimum(first + BLOCK_Q, context_len)
+    diagonal = (first + 1) // BLOCK_N * BLOCK_N
+    start = 0
+    edge = 0
+    if window is not None:
+        start = tl.maximum(first + 1 - window, 0) // BLOCK_N * BLOCK_N
+        edge = tl.minimum(tl.cdiv(tl.maximum(end - window, 0), BLOCK_N) * BLOCK_N, diagonal)
+
+    positions = context_len - query_len + queries
+    table_ptr = block_tables_ptr + tl.load(rows_ptr + row).to(tl.int64) * table_stride
+    row_max = tl.full((BLOCK_M,), -1e30, tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    if POLICY == 0:
+        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_D, BLOCK_M), tl.float32)
+    if window is not None:
+        acc, row_max, row_sum = _attend(
+            q, acc, row_max, row_sum, positions, slopes, start, edge,
+            k_ptr, v_ptr, params_ptr, table_ptr, head, scale, window, soft_cap,
+            HKV, D, F, BLOCK_SIZE, BLOCK_D, BLOCK_N, POLICY, EXACT, True,
+        )  # fmt: skip
+    acc, row_max, row_sum = _attend(
+        q, acc, row_max, row_sum, positions, slopes, edge, diagonal,
+        k_ptr, v_ptr, params_ptr, table_ptr, head, scale, window, soft_cap,
+        HKV, D, F, BLOCK_SIZE, BLOCK_D, BLOCK_N, POLICY, EXACT, False,
+    )  # fmt: skip
+    acc, row_max, row_sum = _attend(
+        q, acc, row_max, row_sum, positions, slopes, diagonal, end,
+        k_ptr, v_ptr, params_ptr, table_ptr, head, scale, window, soft_cap,
+        HKV, D, F, BLOCK_SIZE, BLOCK_D, BLOCK_N, POLICY, EXACT, True,
+    )  # fmt: skip
+    if POLICY != 0:
+        acc = tl.trans(acc)
+    out = acc * (1.0 / row_sum)[:, None]
+    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
