@@ -12,10 +12,13 @@ from benchmarks.record import show as show_table
 def show(report: Report) -> None:
     for table in tables(report):
         show_table(table)
+        print("\n".join(table.notes))
 
 
 def show_stages(report: Report) -> None:
-    show_table(_stages(report))
+    table = _stages(report)
+    show_table(table)
+    print("\n".join(table.notes))
 
 
 def tables(report: Report) -> list[Table]:
