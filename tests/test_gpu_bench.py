@@ -30,6 +30,7 @@ def _run(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
+@pytest.mark.slow
 def test_every_stage_runs_on_tiny_shapes(tmp_path: Path) -> None:
     stages = tmp_path / "stages.json"
     run = _run(tmp_path, "--rehearse", "--json", str(stages))
