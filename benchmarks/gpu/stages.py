@@ -41,6 +41,7 @@ STAGES = (
     Stage("engine_bf16", 50),
     Stage("transformers_speed", 60),
     Stage("prefill_attention", 30),
+    Stage("rope_store", 15),
     Stage("dependent_launch", 15),
 )
 TUNE = Stage("tune", 480)  # on demand only

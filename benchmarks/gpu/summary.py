@@ -22,8 +22,8 @@ def show_stages(report: Report) -> None:
 
 
 def tables(report: Report) -> list[Table]:
-    made = [_linears(report), _decode_attention(report), _engine(report), _targets(report)]
-    return [table for table in [*made, _stages(report)] if table.rows]
+    made = [_linears(report), _decode_attention(report), _rope_store(report), _engine(report)]
+    return [table for table in [*made, _targets(report), _stages(report)] if table.rows]
 
 
 def save(report: Report, folder: Path) -> Path:
@@ -72,6 +72,16 @@ def _decode_attention(report: Report) -> Table:
                 rows.append([context, kind, point["us"], point["floor_us"], point["tb_s"]])
         rows += [[context, f"SDPA {name}", us, "", ""] for name, us in peers.items()]
     return Table("Decode attention, us", ["context", "kind", "us", "floor", "TB/s"], rows)
+
+
+def _rope_store(report: Report) -> Table:
+    times = report.get("rope_store", {}).get("times", {})
+    rows: list[list[str | float]] = [
+        [label, point["us"], point["floor_us"], point["tb_s"]]
+        for label, point in times.items()
+        if point is not None
+    ]
+    return Table("Norm, rotation and cache writes, us", ["step", "us", "floor", "TB/s"], rows)
 
 
 def _engine(report: Report) -> Table:
