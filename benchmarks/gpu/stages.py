@@ -32,6 +32,7 @@ STAGES = (
     Stage("ceilings", 20),
     Stage("linear_checks", 40),
     Stage("attention_checks", 50),
+    Stage("rope_checks", 20),
     Stage("engine_tokens", 60),
     Stage("linears", 75),
     Stage("engine_int4", 110),
