@@ -55,7 +55,7 @@ class EngineConfig:
     enable_async_scheduling: bool = True  # GPU, pp 1: the next step is launched while one runs
     seed: int | None = None  # draws of requests without a seed; None: different at every start
     step_timeout_s: int = 120  # a step that takes longer counts as hung
-    # CPU: directory of packed weights that all engines of a node map; auto: manta in
+    # Directory of packed weights that all engines of a node map or copy; auto: manta in
     # $XDG_CACHE_HOME or ~/.cache; None: every engine packs a copy of its own.
     weights_cache: str | None = "auto"
     max_weights_cache_bytes: int = 100 * GiB  # beyond it the oldest unused files are deleted

@@ -60,9 +60,6 @@ class DecodeGraphs:
                     kept[:size].copy_(computed)
         self._graphs[size] = graph
 
-    def fits(self, num_seqs: int) -> bool:
-        return num_seqs <= self._sizes[-1]
-
     def replay(self, num_seqs: int) -> Outputs:
         """Compute a step of so many decode rows; what it returns is overwritten by the next."""
         size = next(size for size in self._sizes if size >= num_seqs)

@@ -42,7 +42,10 @@ class RankModel:
         cls, config: EngineConfig, group: ParallelGroup, device: str, peers: Peers | None
     ) -> "RankModel":
         """`peers` may have the packed weights, or a checkpoint that is not on this node."""
-        cache = _weight_cache(config, device, peers)
+        directory = config.weights_cache_directory()
+        cache = None
+        if directory is not None:
+            cache = WeightCache(directory, config.max_weights_cache_bytes, peers)
         origin = _find_origin(Path(config.model), peers if cache is not None else None)
         spec = load_spec(origin.settings)
         dtype = resolve_dtype(config.dtype, spec, device)
@@ -68,7 +71,7 @@ class RankModel:
             block_size=block_size_of(config, device),
             session_limit=limit,
             decoder=decoder,
-            mapped_bytes=cache.mapped_bytes if cache is not None else 0,
+            mapped_bytes=cache.mapped_bytes if cache is not None and device == "cpu" else 0,
         )
 
     @property
@@ -137,16 +140,6 @@ class RankModel:
             pp=self.group.num_stages,
             max_in_flight=max_in_flight,
         )
-
-
-def _weight_cache(config: EngineConfig, device: str, peers: Peers | None) -> WeightCache | None:
-    """None where the setting says so, and on a GPU: what it computes with today are dequantised
-    weights, four times the checkpoint's bytes.
-    """
-    directory = config.weights_cache_directory()
-    if directory is None or device != "cpu":
-        return None
-    return WeightCache(directory, config.max_weights_cache_bytes, peers)
 
 
 def _find_origin(checkpoint: Path, peers: Peers | None) -> Origin:

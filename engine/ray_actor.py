@@ -127,14 +127,14 @@ class EngineActor:
 
     def _join(self, address: str, num_neighbours: int) -> None:
         from engine.parallel import ParallelGroup
-        from engine.rank_model import resolve_device
+        from engine.rank_model import resolve_device, tensor_device
 
         config = self._config
         self._group = ParallelGroup.join(
             self._rank,
             config.tp,
             address,
-            resolve_device(config.device),
+            tensor_device(resolve_device(config.device)),
             pp=config.pp,
             listener=self._listener,
             num_neighbours=num_neighbours,

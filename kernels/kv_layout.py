@@ -102,10 +102,17 @@ class QuantizedKV:
 
     def gather(self, blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """blocks int64 [R, B] -> keys and values [R, Hkv, B * block_size, D], dequantised."""
-        params = self.params[blocks].unsqueeze(-1).view(torch.float16)
-        keys = self._dequantize(k_bytes(self.k[blocks]), params[:, :, : self.num_kv_heads])
-        values = self._dequantize(v_bytes(self.v[blocks]), params[:, :, self.num_kv_heads :])
-        return _by_head(keys.to(dtype)), _by_head(values.to(dtype))
+        heads = torch.arange(2 * self.num_kv_heads, device=blocks.device)[:, None]
+        rows = blocks[:, None] * self.num_kv_heads + heads[: self.num_kv_heads]
+        keys = k_bytes(self.k.flatten(0, 1)[rows]).flatten(2, 3)
+        values = v_bytes(self.v.flatten(0, 1)[rows]).flatten(2, 3)
+        rows = blocks[:, None] * 2 * self.num_kv_heads + heads
+        params = self.params.flatten(0, 1)[rows].flatten(2).unsqueeze(-1).view(torch.float16)
+        key_params, value_params = params.split_with_sizes((self.num_kv_heads,) * 2, dim=1)
+        return (
+            self._dequantize(keys, key_params).to(dtype),
+            self._dequantize(values, value_params).to(dtype),
+        )
 
     def _dequantize(self, values: Tensor, params: Tensor) -> Tensor:
         u = split_nibbles(values, self.head_dim) if self.policy == 4 else values
@@ -166,7 +173,7 @@ def dequantize_kv(u: Tensor, params: Tensor, policy: int) -> Tensor:
     """float32 [..., D]."""
     values = u.view(torch.float8_e4m3fn).float() if policy == 16 else u.float()
     scale, zero = params.float().unbind(-1)
-    return values * scale[..., None] + zero[..., None]
+    return values.mul_(scale[..., None]).add_(zero[..., None])
 
 
 def join_nibbles(u: Tensor) -> Tensor:
@@ -191,8 +198,9 @@ def k_words(values: Tensor) -> Tensor:
 def k_bytes(words: Tensor) -> Tensor:
     """What `k_words` took."""
     *lead, num_words = words.shape
-    runs = words.contiguous().view(torch.uint8).view(*lead, num_words // 4, 4, 2, 2)
-    return runs.transpose(-3, -2).reshape(*lead, num_words * 4)
+    # Pairs at a time: a third of the time of single bytes.
+    runs = words.contiguous().view(torch.int16).view(*lead, num_words // 4, 4, 2)
+    return runs.transpose(-2, -1).contiguous().view(torch.uint8).view(*lead, num_words * 4)
 
 
 def place_in_words(elements: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,8 +223,3 @@ def v_bytes(words: Tensor) -> Tensor:
     runs = words.contiguous().view(torch.uint8).view(*lead, rows // 4, 4, f, 2, 2)
     runs = runs.movedim((-2, -1), (-4, -2))  # run, half, lane, pair, feature
     return runs.reshape(*lead, rows * 4, f)
-
-
-def _by_head(x: Tensor) -> Tensor:
-    """[R, B, Hkv, block_size, D] -> [R, Hkv, B * block_size, D]."""
-    return x.transpose(1, 2).flatten(2, 3)

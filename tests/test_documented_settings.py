@@ -46,7 +46,8 @@ def test_readme_has_every_setting_with_its_default() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/api.md", "docs/architecture.md", "docs/deploy.md"]
+    "page",
+    ["README.md", "docs/api.md", "docs/architecture.md", "docs/deploy.md", "docs/kernels.md"],
 )
 def test_files_that_the_pages_name_exist(page: str) -> None:
     text = (ROOT / page).read_text()

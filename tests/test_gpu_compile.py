@@ -45,6 +45,7 @@ def results(triton_cache: None) -> Results:
     return dict(compiling([job for module in modules() for job in jobs(module)]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("module", modules())
 def test_kernels_compile_lean(module: str, capability: int, results: Results) -> None:
@@ -94,19 +95,33 @@ def test_hoppers_matrix_units_are_seen() -> None:
     assert compiled.hmma == 0
 
 
-def test_the_main_loop_is_the_longest_with_matrix_instructions() -> None:
-    code = """
-        .L_x_0:
-            /*0010*/  LDG.E R0 ;
-            /*0020*/  IADD3 R1 ;
-            /*0030*/  IADD3 R2 ;
-            /*0040*/  @P0 BRA `(.L_x_0) ;
-        .L_x_1:
-            /*0050*/  HMMA.16816.F32 R0 ;
-            /*0060*/  @!P1 BRA `(.L_x_1) ;
-            /*0070*/  EXIT ;
-        .L_x_2:
-            /*0080*/  BRA `(.L_x_2);
-    """
-    loop = main_loop([line for line in code.splitlines() if line.strip()])
-    assert [line.split("*/")[1].split()[0] for line in loop] == ["HMMA.16816.F32", "@!P1"]
+CODE = """
+    .L_x_0:
+        /*0010*/  LDG.E R0 ;
+        /*0020*/  IADD3 R1 ;
+        /*0030*/  IADD3 R2 ;
+        /*0040*/  @P0 BRA `(.L_x_0) ;
+    .L_x_4:
+        /*0048*/  HMMA.16816.F32 R4 ;
+    .L_x_1:
+        /*0050*/  HMMA.16816.F32 R0 ;
+        /*0060*/  SEL R1 ;
+        /*0070*/  @!P1 BRA `(.L_x_1) ;
+    .L_x_2:
+        /*0080*/  HMMA.16816.F32 R0 ;
+        /*0090*/  @!P1 BRA `(.L_x_2) ;
+        /*0098*/  @!P2 BRA `(.L_x_4) ;
+        /*00a0*/  EXIT ;
+    .L_x_3:
+        /*00b0*/  BRA `(.L_x_3);
+"""
+
+
+def _opcodes(lines: list[str]) -> list[str]:
+    return [line.split("*/")[1].split()[0] for line in main_loop(lines)]
+
+
+def test_the_main_loop_is_the_shortest_with_the_most_matrix_instructions() -> None:
+    lines = [line for line in CODE.splitlines() if line.strip()]
+    assert _opcodes(lines) == ["HMMA.16816.F32", "@!P1"]
+    assert _opcodes([line for line in lines if "MMA" not in line])[0] == "LDG.E"

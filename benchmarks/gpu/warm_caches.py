@@ -33,6 +33,10 @@ def run(bench: Bench) -> None:
 
 def warm(case: kernel_compile.CompileCase) -> None:
     """Compiles as a launch would."""
-    names = [name for name in case.kernel.arg_names if name not in case.constants]
-    arguments = dict(zip(names, case.arguments, strict=True))
-    case.kernel.warmup(**arguments, **case.constants, **case.options, grid=(1,))
+    # In order, since only positional types become pointers.
+    types = iter(case.arguments)
+    arguments = [
+        case.constants[name] if name in case.constants else next(types)
+        for name in case.kernel.arg_names
+    ]
+    case.kernel.warmup(*arguments, grid=(1,), **case.options)

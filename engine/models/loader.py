@@ -33,7 +33,9 @@ from engine.weights.cache import WeightCache
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.origin import Origin, weights_fingerprint
 from engine.weights.packed_file import Packed
+from engine.weights.upload import to_host, upload
 from kernels.dense_linear import DenseWeight
+from kernels.gpu import interpreted
 from kernels.rope import RotaryTable, signed_sin
 from kernels.stored_weight import Weight, layouts
 
@@ -49,7 +51,9 @@ def load_decoder(
     session_len: int | None = None,
     cache: WeightCache | None = None,
 ) -> Decoder:
-    """The weights of `group.rank`, checked, cut and packed; with a `cache` mapped from its file.
+    """The weights of `group.rank`, checked, cut and packed; with a `cache` its file's.
+
+    On a CPU they are the file's pages, on a GPU copies of them.
 
     `session_len` is the number of positions to prepare; None: max_position_embeddings.
     """
@@ -60,8 +64,11 @@ def load_decoder(
     source = _Source(origin, spec, group, dtype, device, int8_activations)
     if cache is None:
         weights: Mapping[str, Packed] = dict(source.read())
-    else:
+    elif device == "cpu":
         weights = cache.load(source.name, source.key, source.read)
+    else:
+        stored = cache.load(source.name, source.key, lambda: to_host(source.read()))
+        weights = upload(stored, device)
     return _Builder(weights, spec, group).decoder(dtype, device, session_len)
 
 
@@ -94,7 +101,7 @@ class _Source:
             "tp": group.size,
             "pp": group.num_stages,
             "dtype": str(dtype),
-            "device": device,
+            "device": "interpreter" if interpreted() else device,
             "int8_activations": int8_activations,
             **layouts(),
         }

@@ -32,6 +32,7 @@ from kernels.gpu.decode_attention_tiles import (
     num_splits,
     tile_for,
 )
+from kernels.gpu.dependent_launch import dependent_launch, launch_options
 from kernels.gpu.step import GpuStep
 from kernels.kv_layout import LayerCache, QuantizedKV, features_per_token
 
@@ -71,23 +72,24 @@ def decode_attention(
     max_keys = step.max_context_len
     if window is not None:
         max_keys = min(max_keys, window + tile.tokens)
-    num_tiles = -(-max_keys // tile.tokens)
-    splits = num_splits(programs, num_tiles, _num_sms(q.device), tile.programs_per_sm)
+    splits = num_splits(programs, max_keys, _num_sms(q.device), tile)
     part_out, part_stat = None, None
     if splits > 1:
         parts = (step.num_decodes, num_heads, splits)
         part_out = q.new_empty((*parts, head_dim), dtype=torch.float32)
         part_stat = q.new_empty((*parts, 2), dtype=torch.float32)
     kernel, constants = _specialise(form, tile)
+    pdl = dependent_launch(q.device)
+    options = {"PDL": pdl, **launch_options(pdl)}
     kernel[(step.num_decodes, form.num_kv_heads * row_tiles, splits)](
         q, *_tensors(cache), step.block_tables, step.rows, step.context_lens, alibi_slopes,
         out, part_out, part_stat, scale * math.log2(math.e), soft_cap, window,
-        q.stride(0), q.stride(1), step.block_tables.stride(0), **constants,
+        q.stride(0), q.stride(1), step.block_tables.stride(0), **constants, **options,
     )  # fmt: skip
     if splits > 1:
         merge_splits_kernel[(step.num_decodes * num_heads,)](
             part_out, part_stat, step.context_lens, out, window, splits,
-            **_merge_constants(form, tile, splits),
+            **_merge_constants(form, tile, splits), **options,
         )  # fmt: skip
 
 
@@ -179,6 +181,7 @@ def _forms() -> Iterator[CompileCase]:
     for policy, head_dim in ((0, 64), (8, 64), (4, 64), (0, 80), (4, 80), (8, 96), (0, 256)):
         yield _case(Form(8, 4, head_dim, 64, policy, bf16))
     yield _case(Form(8, 4, 256, 64, 8, bf16), split=True)
+    yield _case(Form(8, 4, 128, 64, 8, bf16), split=True, pdl=True)
     yield _case(Form(8, 4, 128, 64, 0, fp16))
     yield _case(Form(8, 4, 128, 64, 0, fp32))
     yield _case(Form(8, 4, 128, 64, 8, fp32))
@@ -188,13 +191,14 @@ def _forms() -> Iterator[CompileCase]:
 def _merges() -> Iterator[CompileCase]:
     for splits, head_dim in ((2, 128), (64, 256)):
         form = Form(8, 4, head_dim, 64, 0, torch.bfloat16)
-        constants = _merge_constants(form, default_tile(form), splits)
+        constants = _merge_constants(form, default_tile(form), splits) | {"PDL": False}
+        options = {"num_warps": constants.pop("num_warps")}
         yield CompileCase(
             f"merge D{head_dim} splits {splits}",
             merge_splits_kernel,
             (torch.float32, torch.float32, torch.int32, torch.bfloat16, None, splits),
             constants,
-            {"num_warps": constants.pop("num_warps")},
+            options,
         )
 
 
@@ -204,6 +208,7 @@ def _case(
     *,
     split: bool = False,
     masks: bool = False,
+    pdl: bool = False,
     label: str = "",
 ) -> CompileCase:
     tile = tile or default_tile(form)
@@ -216,15 +221,15 @@ def _case(
     part = torch.float32 if split else None
     stride = form.num_kv_heads * form.group * form.head_dim
     return CompileCase(
-        label + " split" * split + " window cap alibi" * masks,
+        label + " split" * split + " window cap alibi" * masks + " pdl" * pdl,
         kernel,
         (
             form.dtype, *cache, torch.int32, torch.int32, torch.int32,
             torch.float32 if masks else None, form.dtype, part, part, 0.125,
             50.0 if masks else None, 4096 if masks else None, stride, form.head_dim, 1024,
         ),
-        constants,
-        options,
+        constants | {"PDL": pdl},
+        options | launch_options(pdl),
         elements=2 * tile.tokens * form.head_dim,
-        min_capability=89 if form.policy == 16 else 80,
+        min_capability=90 if pdl else 89 if form.policy == 16 else 80,
     )  # fmt: skip

@@ -85,13 +85,17 @@ def merge_splits_kernel(
     WIDTH: tl.constexpr,  # the power of two >= D
     TOKENS: tl.constexpr,
     WIDTH_SPLITS: tl.constexpr,  # the power of two >= num_splits
+    PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     splits = tl.arange(0, WIDTH_SPLITS)
     offs_d = tl.arange(0, WIDTH)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     context_len = tl.load(context_lens_ptr + row // QUERY_HEADS)
     _, first, last = split_bounds(context_len, window, splits, num_splits, TOKENS)
-    written = (first < last) & (splits < num_splits)
+    written = first < last  # none at or after num_splits
     stats = part_stat_ptr + (row * num_splits + splits) * 2
     row_max = tl.load(stats, mask=written, other=HIDDEN)
     row_sum = tl.load(stats + 1, mask=written, other=0.0)

@@ -44,6 +44,7 @@ def decode_plain_kernel(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     EXACT: tl.constexpr,  # float32 products
+    PDL: tl.constexpr,
 ):
     PER_BLOCK: tl.constexpr = BLOCK_SIZE // TOKENS
     ROW_TILES: tl.constexpr = (G + ROWS - 1) // ROWS
@@ -51,6 +52,9 @@ def decode_plain_kernel(
     head = tl.program_id(1) // ROW_TILES
     split = tl.program_id(2)
     splits = tl.num_programs(2)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     context_len = tl.load(context_lens_ptr + seq)
     first_key, first, last = split_bounds(context_len, window, split, splits, TOKENS)
     if part_out_ptr is not None:  # noqa: SIM102 - known when compiled, the next is not

@@ -69,6 +69,7 @@ def decode_quantized_kernel(
     ROWS: tl.constexpr,
     POLICY: tl.constexpr,
     EXACT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     FLOAT: tl.constexpr = tl.float32 if EXACT else tl.float16
     WIDTH: tl.constexpr = 2 * F_WIDTH if POLICY == 4 else F_WIDTH
@@ -78,6 +79,9 @@ def decode_quantized_kernel(
     head = tl.program_id(1) // ROW_TILES
     split = tl.program_id(2)
     splits = tl.num_programs(2)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     context_len = tl.load(context_lens_ptr + seq)
     first_key, first, last = split_bounds(context_len, window, split, splits, TOKENS)
     if part_out_ptr is not None:  # noqa: SIM102 - known when compiled, the next is not

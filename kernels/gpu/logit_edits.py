@@ -67,7 +67,7 @@ def _penalised(logits_ptr, counts_ptr, request, inside):
     return x
 
 
-@triton.jit(do_not_specialize=["stride_logits"])
+@triton.jit
 def _copy_rows_kernel(
     logits_ptr,  # [S, VOCAB]
     rows_ptr,  # int32 [S] of the table
@@ -92,7 +92,7 @@ def _copy_rows_kernel(
     tl.store(out_ptr + index * VOCAB + offs, x, mask=inside)
 
 
-@triton.jit(do_not_specialize=["stride_logits", "num_entries"])
+@triton.jit(do_not_specialize=["num_entries"])
 def _set_kernel(
     logits_ptr,  # [S, VOCAB]
     rows_ptr,  # int32 [S]

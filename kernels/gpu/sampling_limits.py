@@ -43,7 +43,7 @@ def unit_of(x, SHIFT: tl.constexpr):
 @triton.jit
 def value_of(unit, SHIFT: tl.constexpr):
     """The float of a unit: of its 2**SHIFT floats the one with zeros in the lower bits."""
-    key = unit.to(tl.int32) << SHIFT
+    key = unit << SHIFT
     key = tl.where(key < 0, key | ((1 << SHIFT) - 1), key)
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
@@ -57,12 +57,17 @@ def load_logits(values_ptr, offs, count):
 def _measure(
     values_ptr, count, p0, p1, p2, maximum, scale, BY_WEIGHT: tl.constexpr, TILE: tl.constexpr
 ):
-    """Number or weight of the tokens at or above each of three pivots."""
+    """Number or weight of the tokens at or above each of three pivots, [TILE] tokens at a time.
+
+    The next ones are loaded meanwhile: Triton's own pipelining takes more registers than there are.
+    """
     s0 = tl.zeros((TILE,), tl.float32)
     s1 = tl.zeros((TILE,), tl.float32)
     s2 = tl.zeros((TILE,), tl.float32)
+    following = load_logits(values_ptr, tl.arange(0, TILE), count)
     for start in range(0, count, TILE):
-        x = load_logits(values_ptr, start + tl.arange(0, TILE), count)
+        x = following
+        following = load_logits(values_ptr, start + TILE + tl.arange(0, TILE), count)
         weight = tl.exp((x - maximum) * scale) if BY_WEIGHT else tl.full((TILE,), 1.0, tl.float32)
         s0 += tl.where(x >= p0, weight, 0.0)
         s1 += tl.where(x >= p1, weight, 0.0)
@@ -88,19 +93,24 @@ def _find_cut(
     `low` is taken to leave enough; nothing lies at or above `high`.
     """
     above = 0.0
-    while high - low > 1:
-        width = high - low
-        u0 = low + tl.maximum(width // 4, 1)
-        u1 = low + tl.maximum(width // 2, 1)
-        u2 = low + tl.maximum(3 * width // 4, 1)
+    enough = target.to(tl.float32)
+    if enough.to(tl.float64) < target:  # to the next float32, which is greater
+        enough = (enough.to(tl.int32, bitcast=True) + 1).to(tl.float32, bitcast=True)
+    width = (high - low).to(tl.uint32, bitcast=True)
+    while width > 1:
+        quarter = tl.maximum(width >> 2, 1).to(tl.int32, bitcast=True)
+        u0, u1, u2 = low + quarter, low + (width >> 1).to(tl.int32, bitcast=True), high - quarter
         p0, p1, p2 = value_of(u0, SHIFT), value_of(u1, SHIFT), value_of(u2, SHIFT)
         s0, s1, s2 = _measure(values_ptr, count, p0, p1, p2, maximum, scale, BY_WEIGHT, TILE)
-        e0 = s0.to(tl.float64) >= target
-        e1 = s1.to(tl.float64) >= target
-        e2 = s2.to(tl.float64) >= target
-        above = tl.where(e2, above, tl.where(e1, s2, tl.where(e0, s1, s0)))
-        high = tl.where(e2, high, tl.where(e1, u2, tl.where(e0, u1, u0)))
-        low = tl.where(e2, u2, tl.where(e1, u1, tl.where(e0, u0, low)))
+        if s2 >= enough:
+            low = u2
+        elif s1 >= enough:
+            low, high, above = u1, u2, s2
+        elif s0 >= enough:
+            low, high, above = u0, u1, s1
+        else:
+            high, above = u0, s0
+        width = (high - low).to(tl.uint32, bitcast=True)
     return low, above
 
 
@@ -123,8 +133,7 @@ def _choose_among(
     TILE: tl.constexpr,
 ):
     """The token drawn from those that top_k, then top_p, then min_p leave."""
-    low = unit_of(floor, SHIFT).to(tl.int64)
-    end = unit_of(maximum, SHIFT).to(tl.int64) + 1
+    low, end = unit_of(floor, SHIFT), unit_of(maximum, SHIFT) + 1
     total = total.to(tl.float64)
     num_tied = VOCAB * 1.0  # of the tokens at the cut, how many stay
     if top_k < VOCAB:
@@ -188,12 +197,13 @@ def _floor(
     if top_k <= NUM_GROUPS:  # as many tokens are at or above the k-th greatest of the maxima
         offs = tl.arange(0, PADDED_GROUPS)
         peaks = tl.load(group_maxima_ptr + offs, mask=offs < NUM_GROUPS, other=-float("inf"))
-        low, high = unit_of(floor, 0).to(tl.int64), unit_of(maximum, 0).to(tl.int64) + 1
-        while high - low > 4096:  # 2**-11 of the value: near enough
-            middle = (low + high) // 2
-            enough = tl.sum((peaks >= value_of(middle, 0)).to(tl.int32), 0) >= top_k
-            low = tl.where(enough, middle, low)
-            high = tl.where(enough, high, middle)
+        low = unit_of(floor, 0)
+        width = (unit_of(maximum, 0) + 1 - low).to(tl.uint32, bitcast=True)
+        while width > 4096:  # 2**-11 of the value: near enough
+            middle = low + (width >> 1).to(tl.int32, bitcast=True)
+            if tl.sum((peaks >= value_of(middle, 0)).to(tl.int32), 0) >= top_k:
+                low = middle
+            width -= width >> 1
         floor = value_of(low, 0)
     # Logarithms of weights; the slack covers roundings of both, here and in the cuts.
     slack = 0.01 / scale + tl.abs(maximum) * 1e-6
@@ -210,9 +220,11 @@ def _floor(
 def _gather_above(logits_ptr, floor, values_ptr, ids_ptr, VOCAB, CAPACITY, TILE: tl.constexpr):
     """Number of tokens at or above the floor; the first CAPACITY are written in order of ids."""
     count = 0
+    following = load_logits(logits_ptr, tl.arange(0, TILE), VOCAB)
     for start in range(0, VOCAB, TILE):
         offs = start + tl.arange(0, TILE)
-        x = load_logits(logits_ptr, offs, VOCAB)
+        x = following
+        following = load_logits(logits_ptr, offs + TILE, VOCAB)
         kept = ((x >= floor) & (offs < VOCAB)).to(tl.int32)
         places = count + tl.cumsum(kept, 0) - 1
         count += tl.sum(kept, 0)

@@ -4,20 +4,24 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
 from kernels.gpu.chip import HOPPER, Chip, chip_of
 from kernels.gpu.compile import CompileCase
 from kernels.gpu.dependent_launch import dependent_launch, launch_options
+from kernels.gpu.w4a16_dequantise import dequantise, dequantise_case
 from kernels.gpu.w4a16_kernel import w4a16_kernel
 from kernels.gpu.w4a16_pack import TILE, W4A16Weight
 from kernels.gpu.w4a16_tiles import (
+    CUBLAS,
     Tile,
     bucket_of,
     candidates,
     choose_tile,
     default_tile,
+    group_constants,
 )
 from kernels.partials import Partials
 
@@ -37,9 +41,11 @@ PREFETCH_LINES = 128
 def w4a16_linear(
     x: Tensor, weight: W4A16Weight, bias: Tensor | None, partial: bool = False
 ) -> Tensor | Partials:
-    """x [M, K] -> [M, N]; up to MAX_KERNEL_ROWS rows. `partial`: Partials will do as well."""
+    """x [M, K] -> [M, N]. `partial`: Partials will do as well."""
     m, n = len(x), weight.shape[0]
     tile = _tile("w4a16", x, weight)
+    if tile == CUBLAS:
+        return F.linear(x, dequantise(weight), bias)
     assert tile.splits is not None
     if tile.splits == 1:
         out = x.new_empty(m, n)
@@ -54,6 +60,8 @@ def w4a16_linear(
 def is_gated_best(x: Tensor, weight: W4A16Weight) -> bool:
     """Whether the gated form can compute the product, and fills the GPU without cutting K."""
     tile, n = _tile("w4a16_gated", x, weight), weight.shape[0]
+    if tile == CUBLAS:
+        return False
     programs = triton.cdiv(bucket_of(len(x)), tile.block_m) * triton.cdiv(n, tile.block_n)
     return bool(n % (2 * TILE) == 0 and 4 * programs >= 3 * chip_of(x.device).num_sms)
 
@@ -66,8 +74,8 @@ def w4a16_silu_mul(x: Tensor, weight: W4A16Weight, bias: Tensor | None) -> Tenso
 
 
 def _tile(kernel: str, x: Tensor, weight: W4A16Weight) -> Tile:
-    bucket, chip = bucket_of(len(x)), chip_of(x.device)
-    return choose_tile(kernel, *weight.shape, weight.group_size, x.dtype, bucket, chip)
+    chip = chip_of(x.device)
+    return choose_tile(kernel, *weight.shape, weight.group_size, x.dtype, len(x), chip)
 
 
 def _launch(
@@ -89,7 +97,7 @@ def _launch(
 
 def _constants(tile: Tile, k: int, group_size: int, gated: bool, pdl: bool) -> dict[str, Any]:
     return {
-        "GROUP": 0 if group_size == k else group_size,
+        **group_constants(k, group_size, tile.block_k),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
@@ -110,7 +118,8 @@ def compile_cases() -> list[CompileCase]:
     return [
         *(_case(bucket) for bucket in (4, 16, 32, 64, 128, 256)),
         *(_case(bucket, chip=ampere) for bucket in (64, 128)),
-        *(_case(bucket, gated=True) for bucket in (16, 64, 256)),
+        *(_case(bucket, group_size=32, chip=ampere) for bucket in (16, 64)),
+        *(_case(bucket, gated=True) for bucket in (16, 64)),
         _case(4, zeros=False),
         _case(16, zeros=False),
         _case(16, splits=1, bias=True),
@@ -120,7 +129,6 @@ def compile_cases() -> list[CompileCase]:
         _case(16, group_size=4096),
         _case(64, k=4040, group_size=4040),
         _case(16, f16),
-        _case(64, f16),
         _case(16, f32),
         _case(4, pdl=True),
         _case(16, gated=True, pdl=True),
@@ -130,6 +138,8 @@ def compile_cases() -> list[CompileCase]:
 def tile_case(kernel: str, key: dict[str, Any], tile: dict[str, Any]) -> CompileCase:
     """Of a tuned tile, for weights with zeros."""
     n, k, group_size = key["n"], key["k"], key["group"]
+    if Tile(**tile) == CUBLAS:
+        return dequantise_case(torch.bfloat16, n, k, group_size, zeros=True)
     gated = kernel == "w4a16_gated"
     return _compile_case("tuned", Tile(**tile), torch.bfloat16, n, k, group_size, gated)
 
@@ -172,6 +182,8 @@ def _compile_case(
     shape = f"{tile.block_m}x{tile.block_n}x{tile.block_k}"
     ways = f"w{tile.num_warps} s{tile.num_stages} {tile.scale}"
     of = f"{str(dtype).removeprefix('torch.')} K{k} g{group_size}"
+    # Wider tiles and steps of several groups spill on what came before, which has its own.
+    hopper = tile.block_m > 32 or group_size < tile.block_k
     named = [fact for fact, given in facts.items() if given]
     return CompileCase(
         " ".join([name, shape, ways, of, *named]),
@@ -183,6 +195,5 @@ def _compile_case(
         _constants(tile, k, group_size, gated, pdl),
         _options(tile, pdl),
         elements=tile.block_n * tile.block_k,
-        # Tiles of 64 rows and more in 4 warps are Hopper's: elsewhere they spill.
-        min_capability=80 if "sm_80" in name or (tile.block_m < 64 and not pdl) else 90,
+        min_capability=80 if "sm_80" in name or not (hopper or pdl) else 90,
     )  # fmt: skip

@@ -11,11 +11,12 @@ from torch import Tensor
 from kernels.gpu.compile import CompileCase
 from kernels.gpu.flags import INTERPRET
 from kernels.gpu.w4a16_pack import W4A16Weight
-from kernels.gpu.w4a16_tiles import choose_block_k
+from kernels.gpu.w4a16_tiles import choose_block_k, group_constants
 from kernels.gpu.w4a16_unpack import (
     SCALE_COLUMNS,
     centre,
     column_offsets,
+    per_input,
     row_offsets,
     step_offset,
     unpack_int4,
@@ -33,8 +34,9 @@ def _dequantise_kernel(
     N,
     K,
     GROUP: tl.constexpr,  # 0: one group
+    GROUPS: tl.constexpr,  # of a program
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # divides GROUP
+    BLOCK_K: tl.constexpr,
 ):
     DTYPE: tl.constexpr = tl.float32 if INTERPRET else out_ptr.dtype.element_ty
     step = tl.program_id(0)
@@ -43,12 +45,15 @@ def _dequantise_kernel(
     offsets = row_offsets(offs_n, N, K)[:, None] + column_offsets(BLOCK_K)[None, :]
     words = tl.load(words_ptr + step_offset(step, BLOCK_K) + offsets)
     group = step * BLOCK_K // GROUP if GROUP > 0 else 0
-    at = group * (tl.cdiv(N, SCALE_COLUMNS) * SCALE_COLUMNS) + offs_n
+    stride_g = tl.cdiv(N, SCALE_COLUMNS) * SCALE_COLUMNS
+    at = group * stride_g + offs_n[:, None] + tl.arange(0, GROUPS)[None, :] * stride_g
     zero = None
     if zeros_ptr is not None:
         zero = tl.load(zeros_ptr + at)
     weight = centre(unpack_int4(words, DTYPE, BLOCK_N, BLOCK_K), zero)
-    weight = (weight * tl.load(scales_ptr + at).to(DTYPE)[:, None]).to(out_ptr.dtype.element_ty)
+    weight = (weight * per_input(tl.load(scales_ptr + at).to(DTYPE), BLOCK_K)).to(
+        out_ptr.dtype.element_ty
+    )
     out_ptrs = out_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
     tl.store(out_ptrs, weight, mask=(offs_n < N)[:, None] & (offs_k < K)[None, :])
 
@@ -61,30 +66,33 @@ def dequantise(weight: W4A16Weight) -> Tensor:
     that had to grow would leave captured graphs with the old one.
     """
     n, k = weight.shape
-    out = torch.empty(n, k, dtype=weight.scales.dtype, device=weight.scales.device)
+    out = weight.scales.new_empty(n, k)
     block_k = choose_block_k(BLOCK_K, k, weight.group_size)
     grid = (triton.cdiv(k, block_k), triton.cdiv(n, BLOCK_N))
     _dequantise_kernel[grid](
         weight.words, weight.scales, weight.zeros, out, n, k,
-        GROUP=0 if weight.group_size == k else weight.group_size,
-        BLOCK_N=BLOCK_N, BLOCK_K=block_k,
+        **group_constants(k, weight.group_size, block_k), BLOCK_N=BLOCK_N, BLOCK_K=block_k,
     )  # fmt: skip
     return out
 
 
 def compile_cases() -> list[CompileCase]:
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
-    forms = ((bf16, 128, False), (bf16, 128, True), (f16, 64, True), (f32, 128, True))
+    forms = ((bf16, 128, False), (bf16, 128, True), (bf16, 32, True), (f16, 64, True))
     return [
-        CompileCase(
-            f"{str(dtype).removeprefix('torch.')} g{group_size}" + " zeros" * zeros,
-            _dequantise_kernel,
-            (torch.int32, dtype, torch.uint8 if zeros else None, dtype, 4096, 4096),
-            {
-                "GROUP": group_size,
-                "BLOCK_N": BLOCK_N,
-                "BLOCK_K": choose_block_k(BLOCK_K, 4096, group_size),
-            },
-        )
-        for dtype, group_size, zeros in forms
+        dequantise_case(dtype, 4096, 4096, group_size, zeros)
+        for dtype, group_size, zeros in (*forms, (f32, 128, True))
     ]
+
+
+def dequantise_case(
+    dtype: torch.dtype, n: int, k: int, group_size: int, zeros: bool
+) -> CompileCase:
+    block_k = choose_block_k(BLOCK_K, k, group_size)
+    name = f"{str(dtype).removeprefix('torch.')} {n}x{k} g{group_size}"
+    return CompileCase(
+        name + " zeros" * zeros,
+        _dequantise_kernel,
+        (torch.int32, dtype, torch.uint8 if zeros else None, dtype, n, k),
+        group_constants(k, group_size, block_k) | {"BLOCK_N": BLOCK_N, "BLOCK_K": block_k},
+    )

@@ -58,8 +58,8 @@ def pack_w4a16(
     columns = (0, -num_outputs % SCALE_COLUMNS)
     return W4A16Weight(
         words=_pack(q.to(device)),
-        scales=F.pad(scales.to(device, dtype), columns),
-        zeros=None if symmetric else F.pad(zeros.to(device), columns),
+        scales=F.pad(scales.to(device, dtype), columns).contiguous(),
+        zeros=None if symmetric else F.pad(zeros.to(device), columns).contiguous(),
         input_order=None if input_order is None else input_order.to(device, torch.int64),
         shape=(num_outputs, num_inputs),
         group_size=group_size,

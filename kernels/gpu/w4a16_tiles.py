@@ -14,7 +14,8 @@ import torch
 from kernels.gpu import tiles
 from kernels.gpu.chip import HOPPER, Chip
 
-# More rows are multiplied by cuBLAS, after the weight is dequantised for them.
+# More rows are multiplied by cuBLAS, after the weight is dequantised for them: one reading of the
+# weight in 4 bits and a writing in 16, against unpacking it once per tile of rows.
 MAX_KERNEL_ROWS = 768
 BUCKETS = (4, 16, 32, 64, 128, 256, MAX_KERNEL_ROWS)  # of rows; one tile each
 MAX_SPLITS = 8
@@ -39,13 +40,15 @@ class Tile:
 
 # Compiled, not timed: instructions per weight and lane of the loop, with zeros, by Triton 3.6 for
 # sm_90; an H200 has time for 4.0 while the weights arrive. Registers allow 2 to 5 programs an SM.
-#   16 x  64 x 128  3.50        32 x 128 x 128  2.65        128 x 128 x 64  4.45
-#   16 x 128 x 128  2.48        64 x 128 x 128  3.5         128 x 256 x 64  4.09
-# 64 outputs where a few rows of x are read: as many programs with half the parts to add up. From
+#   16 x  64 x 128  3.52        32 x 128 x 128  2.60        128 x 128 x 64  4.45
+#   16 x 128 x 128  2.43        64 x 128 x 128  3.50        128 x 256 x 64  4.09
+# In groups of 64 the second is 3.23 and of 32 3.51, two and four groups in a step.
+# 64 outputs where a few rows of x are read: as many programs with half the parts to add up; of 6
+# stages, because a step is 4 KiB and the memory wants 26 KiB on the way to each SM. From
 # 16 rows on x weighs as much as 64 outputs' weights, and every program reads it from L2. "before"
 # needs 128 outputs per 4 warps: with 64 the scales' layout costs 6 instructions.
 DEFAULTS = {
-    4: Tile(16, 64, 128, 4, 4, "after"),
+    4: Tile(16, 64, 128, 4, 6, "after"),
     16: Tile(16, 128, 128, 4, 4, "after"),
     32: Tile(32, 128, 128, 4, 4, "after"),
     64: Tile(64, 128, 128, 4, 3, "before"),
@@ -62,6 +65,10 @@ AMPERE = DEFAULTS | {
 }
 # float32: products on the CUDA cores, whose operands fill registers.
 EXACT = Tile(16, 64, 32, 4, 2, "before")
+
+
+# No tile: cuBLAS. A tuned tile of a smaller bucket may say so, too.
+CUBLAS = Tile(0, 0, 0, 0, 0, "before")
 
 
 # What tuning tries: by the most rows, block_m, block_n, block_k, warps, stages, scale.
@@ -107,14 +114,17 @@ CANDIDATES: dict[int, tuple[tuple[int, int, int, int, int, Scale], ...]] = {
 
 
 def bucket_of(rows: int) -> int:
-    return next(bucket for bucket in BUCKETS if rows <= bucket)
+    """MAX_KERNEL_ROWS at most."""
+    return next((bucket for bucket in BUCKETS if rows <= bucket), MAX_KERNEL_ROWS)
 
 
 def choose_tile(
-    kernel: str, n: int, k: int, group_size: int, dtype: torch.dtype, bucket: int, chip: Chip
+    kernel: str, n: int, k: int, group_size: int, dtype: torch.dtype, rows: int, chip: Chip
 ) -> Tile:
-    """The tile of "w4a16" or "w4a16_gated", with its number of splits."""
-    tuned = None
+    """The tile of "w4a16" or "w4a16_gated", with its number of splits, or CUBLAS."""
+    if rows > MAX_KERNEL_ROWS:
+        return CUBLAS
+    tuned, bucket = None, bucket_of(rows)
     if dtype != torch.float32:
         tuned = tiles.lookup(kernel, n=n, k=k, group=group_size, m=bucket)
     if tuned is None:
@@ -133,26 +143,43 @@ def default_tile(
 @cache
 def fit(tile: Tile, kernel: str, n: int, k: int, group_size: int, bucket: int, chip: Chip) -> Tile:
     """The tile, cut where this product asks for it, with a number of splits."""
+    if tile.block_m == 0:
+        return CUBLAS
     gated = kernel == "w4a16_gated"
-    # A gated program's rows are two halves of whole tiles.
+    # Several groups in a step are told apart where the weights are, not in their product.
+    block_k = choose_block_k(tile.block_k, k, group_size)
+    several = group_size < block_k
+    if several and chip.capability < 90:
+        block_k = min(block_k, 64)  # 128 spill
     tile = replace(
         tile,
-        block_n=max(tile.block_n, 128) if gated else tile.block_n,
-        block_k=choose_block_k(tile.block_k, k, group_size),
+        # A gated program's rows are two halves of whole tiles.
+        block_n=max(tile.block_n, 128) if gated or several else tile.block_n,
+        block_k=block_k,
+        scale="before" if several else tile.scale,
     )
     steps = -(-k // tile.block_k)
     programs = -(-bucket // tile.block_m) * -(-n // tile.block_n)
-    splits = tile.splits or max(1, PROGRAMS_PER_SM * chip.num_sms // programs)
+    splits = tile.splits or max(1, round(PROGRAMS_PER_SM * chip.num_sms / programs))
     # The same number of steps for every part, and no part without any.
     steps_per_split = -(-steps // min(splits, MAX_SPLITS, steps))
     return replace(tile, splits=1 if gated else -(-steps // steps_per_split))
 
 
 def choose_block_k(wanted: int, k: int, group_size: int) -> int:
-    """At most `wanted` inputs that have one scale; whole ones of K where that is possible."""
-    period = k if group_size == k else group_size
-    fits = [size for size in (128, 64, 32) if size <= wanted and period % size == 0]
-    return fits[0] if fits else 32
+    """At most `wanted` inputs, of one group or of whole ones; steps without rest where possible."""
+    for size in (128, 64, 32):
+        whole_groups = group_size % size == 0 or size % group_size == 0
+        if size <= wanted and k % size == 0 and (whole_groups or group_size == k):
+            return size
+    return 32
+
+
+def group_constants(k: int, group_size: int, block_k: int) -> dict[str, int]:
+    """Of the kernels that read scales."""
+    if group_size == k:
+        return {"GROUP": 0, "GROUPS": 1}
+    return {"GROUP": group_size, "GROUPS": max(1, block_k // group_size)}
 
 
 def candidates(kernel: str, *, n: int, k: int, group: int, m: int) -> list[dict[str, Any]]:
@@ -163,4 +190,6 @@ def candidates(kernel: str, *, n: int, k: int, group: int, m: int) -> list[dict[
         wanted = programs * HOPPER.num_sms // (-(-m // shape[0]) * -(-n // shape[1]))
         tile = replace(Tile(*shape), splits=max(1, wanted))
         found[fit(tile, kernel, n, k, group, m, HOPPER)] = None
+    if m > 32:
+        found[CUBLAS] = None
     return [asdict(tile) for tile in found]

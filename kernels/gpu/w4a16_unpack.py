@@ -93,12 +93,22 @@ def unpack_int4(words, dtype: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.c
 
 
 @triton.jit
+def per_input(values, BLOCK_K: tl.constexpr):
+    """[BLOCK_N, groups] -> [BLOCK_N, BLOCK_K], each value for its group's inputs."""
+    BLOCK_N: tl.constexpr = values.shape[0]
+    groups: tl.constexpr = values.shape[1]
+    spread = tl.broadcast_to(values[:, :, None], (BLOCK_N, groups, BLOCK_K // groups))
+    return tl.reshape(spread, (BLOCK_N, BLOCK_K))
+
+
+@triton.jit
 def centre(weight, zero):
-    """What `unpack_int4` gave -> q - zero, exact; zero uint8 [BLOCK_N], or None for 8."""
+    """What `unpack_int4` gave -> q - zero, exact; zero uint8 [BLOCK_N, groups], or None for 8."""
     sixteen: tl.constexpr = 128.0 if weight.dtype == tl.bfloat16 else 1024.0
     base: tl.constexpr = 0.0 if weight.dtype == tl.float32 else sixteen
     if zero is None:
         centred = weight - (base + 8.0)
     else:
-        centred = weight - (base + zero.to(tl.float32)).to(weight.dtype)[:, None]
+        zero = (base + zero.to(tl.float32)).to(weight.dtype)
+        centred = weight - per_input(zero, weight.shape[1])
     return centred

@@ -3,18 +3,22 @@
 Graphs are not recorded here, but their steps are computed padded as they would be replayed.
 """
 
-import random
-from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing.spawn import spawn
 
-from engine.config import EngineConfig
-from engine.engine import Engine
-from engine.local_executor import LocalExecutor
-from engine.outputs import SequenceOutput
-from tests.test_engine import request, run
+from tests.interpreted.gpu_engines import (
+    BLOCK_SIZE,
+    NUM_TOKENS,
+    generate,
+    make_engine,
+    prompts,
+    run_rank,
+)
+from tests.test_tensor_parallel import free_port
 from tests.tiny_models import TinyModel, tiny_model
 
 # Few heads and short prompts: the interpreter takes 8 ms for one head of one token and layer.
@@ -25,38 +29,10 @@ SIZES = {
     "num_key_value_heads": 1,
     "head_dim": 32,
 }
-VOCAB = 131
-BLOCK_SIZE = 16
-NUM_TOKENS = 4
-LENGTHS = (1, 5, 14, 15)
 
 
 def model(group_size: int | None = None) -> TinyModel:
     return tiny_model("llama", group_size, **SIZES)
-
-
-def make_engine(tiny: TinyModel, **changes: object) -> Engine:
-    settings = {
-        "model": str(tiny.path),
-        "device": "cuda",
-        "dtype": "float32",
-        "block_size": BLOCK_SIZE,
-        "max_num_seqs": 3,
-        "max_num_batched_tokens": 12,
-        "cache_max_entry_count": 12,
-        "session_len": 32,
-    }
-    config = EngineConfig.from_dict(settings | changes)
-    return Engine(config, LocalExecutor(config))
-
-
-@cache
-def prompts() -> list[list[int]]:
-    """The last two begin with the same block."""
-    rng = random.Random(3)
-    stem = [rng.randrange(VOCAB) for _ in range(BLOCK_SIZE)]
-    own = [[rng.randrange(VOCAB) for _ in range(length)] for length in LENGTHS]
-    return [*own, [*stem, 5], [*stem, 9, 8]]
 
 
 @cache
@@ -74,16 +50,9 @@ def greedy(index: int, group_size: int | None) -> list[int]:
     return tokens
 
 
-def generate(engine: Engine, chosen: Sequence[int], **params: object) -> dict[int, SequenceOutput]:
-    settings = {"max_tokens": NUM_TOKENS} | params
-    outputs = run(engine, [request(str(i), prompts()[i], **settings) for i in chosen])
-    assert engine.scheduler.block_manager.num_free_blocks == engine.info.num_blocks
-    return {index: outputs[str(index)] for index in chosen}
-
-
 def test_the_tokens_are_those_of_transformers() -> None:
     """Chunks of prompts beside decode rows, and then a prefix from the cache."""
-    engine = make_engine(model())
+    engine = make_engine(model().path)
     assert engine.info.max_in_flight == 2
     for chosen in ((0, 1, 4), (5,)):
         for index, output in generate(engine, chosen).items():
@@ -95,7 +64,7 @@ def test_the_tokens_are_those_of_transformers() -> None:
 def test_int4_weights(ahead: bool) -> None:
     """With and without what a GPU does for speed."""
     switches = {"enable_cuda_graphs": ahead, "enable_async_scheduling": ahead}
-    engine = make_engine(model(32), **switches)
+    engine = make_engine(model(32).path, **switches)
     assert engine.info.max_in_flight == 1 + ahead
     for index, output in generate(engine, (0, 1)).items():
         assert output.token_ids == greedy(index, 32)
@@ -104,7 +73,7 @@ def test_int4_weights(ahead: bool) -> None:
 @pytest.mark.parametrize("quant_policy", [8, 4])
 def test_a_quantised_cache_gives_the_tokens_of_a_cpu(quant_policy: int) -> None:
     outputs = [
-        generate(make_engine(model(), quant_policy=quant_policy, device=device), (0, 5))
+        generate(make_engine(model().path, quant_policy=quant_policy, device=device), (0, 5))
         for device in ("cpu", "cuda")
     ]
     assert [output.token_ids for output in outputs[0].values()] == [
@@ -113,14 +82,14 @@ def test_a_quantised_cache_gives_the_tokens_of_a_cpu(quant_policy: int) -> None:
 
 
 def test_preempted_sequences_go_on_with_the_same_tokens() -> None:
-    engine = make_engine(model(), cache_max_entry_count=3, max_num_batched_tokens=40)
+    engine = make_engine(model().path, cache_max_entry_count=3, max_num_batched_tokens=40)
     for index, output in generate(engine, (2, 3)).items():
         assert output.token_ids == greedy(index, None)
     assert engine.stats().num_preemptions > 0
 
 
 def test_a_stop_is_seen_one_step_late_and_its_row_is_used_again() -> None:
-    engine = make_engine(model(), max_num_seqs=1)
+    engine = make_engine(model().path, max_num_seqs=1)
     stop = greedy(1, None)[2]
     outputs = generate(engine, (1,), stop_token_ids=[stop])
     assert outputs[1].finish_reason == "stop"
@@ -131,14 +100,14 @@ def test_a_stop_is_seen_one_step_late_and_its_row_is_used_again() -> None:
 
 def test_draws_depend_on_seed_and_position_alone() -> None:
     params = {"temperature": 1.0, "seed": 4, "top_p": 0.9, "repetition_penalty": 1.2}
-    alone = generate(make_engine(model()), (1,), **params)[1].token_ids
-    other = make_engine(model(), enable_async_scheduling=False)
+    alone = generate(make_engine(model().path), (1,), **params)[1].token_ids
+    other = make_engine(model().path, enable_async_scheduling=False)
     assert generate(other, (0, 1), **params)[1].token_ids == alone
 
 
 def test_log_probabilities_are_those_of_the_model() -> None:
     index, params = 1, {"logprobs": 2, "prompt_logprobs": 1, "max_tokens": 3}
-    output = generate(make_engine(model()), (index,), **params)[index]
+    output = generate(make_engine(model().path), (index,), **params)[index]
     tokens = prompts()[index] + output.token_ids
     with torch.inference_mode():
         logits = model().reference(torch.tensor([tokens])).logits[0]
@@ -155,6 +124,15 @@ def test_log_probabilities_are_those_of_the_model() -> None:
 
 
 def test_the_cache_is_sized_by_computing_what_takes_most() -> None:
-    engine = make_engine(model(), cache_max_entry_count=0.01, max_num_seqs=2)
+    engine = make_engine(model().path, cache_max_entry_count=0.01, max_num_seqs=2)
     assert engine.info.num_blocks == 2 * 32 // BLOCK_SIZE  # all that two sessions need
     assert generate(engine, (0,))[0].token_ids == greedy(0, None)
+
+
+def test_two_ranks_give_the_tokens_of_one(tmp_path: Path) -> None:
+    """They share the layers, and tokens that rank 0 draws; or they have half of the layers each."""
+    out = tmp_path / "tokens"
+    jobs = [(tp, pp, f"127.0.0.1:{free_port()}") for tp, pp in ((2, 1), (1, 2))]
+    spawn(run_rank, (jobs, model().path, out), nprocs=2)  # type: ignore[no-untyped-call]
+    expected = repr([greedy(index, None) for index in (0, 1)])
+    assert out.read_text().split("\n") == [expected, expected]

@@ -1,10 +1,16 @@
 """The W4A16 kernels against float64 products of the dequantised weight."""
 
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
-from kernels.gpu import w4a16, w4a16_tiles
+from kernels.gpu import tiles, w4a16, w4a16_tiles
 from kernels.gpu.chip import Chip
 from kernels.gpu.w4a16 import is_gated_best, w4a16_linear, w4a16_silu_mul
 from kernels.gpu.w4a16_dequantise import dequantise
@@ -12,6 +18,7 @@ from kernels.gpu.w4a16_pack import W4A16Weight, pack_w4a16
 from kernels.gpu.w4a16_tiles import MAX_KERNEL_ROWS, Tile
 from kernels.int4_linear import int4_linear, int4_silu_mul, pack_int4
 from kernels.partials import Partials, summed
+from kernels.stored_weight import restore, store
 
 # The interpreter computes in float32 and cuts what it rounds to bf16 off: 2^-7.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -61,15 +68,22 @@ def tiled(monkeypatch: pytest.MonkeyPatch, *values: object, **more: object) -> N
 
 
 @pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs begin as NaN, so that one which is not written shows."""
-    empty, new_empty = torch.empty, Tensor.new_empty
+def guards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Outputs begin as NaN, and so does what lies behind them, which nobody may write."""
+    behind: list[Tensor] = []
+    new_empty = Tensor.new_empty
 
-    def nan(value: Tensor) -> Tensor:
-        return value.fill_(torch.nan) if value.is_floating_point() else value
+    def guarded(like: Tensor, *shape: int, **kwargs: Any) -> Tensor:
+        size = math.prod(shape)
+        if size == 0:  # the interpreter's own
+            return new_empty(like, *shape, **kwargs)
+        memory = new_empty(like, size + 4096, **kwargs).fill_(torch.nan)
+        behind.append(memory[size:])
+        return memory[:size].view(shape)
 
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: nan(empty(*a, **k)))
-    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: nan(new_empty(*a, **k)))
+    monkeypatch.setattr(Tensor, "new_empty", guarded)
+    yield
+    assert all(bool(each.isnan().all()) for each in behind)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -89,7 +103,17 @@ def test_linear(dtype: torch.dtype, symmetric: bool, m: int, bias: bool) -> None
 @pytest.mark.parametrize("scale", ["after", "before"])
 @pytest.mark.parametrize(
     ("n", "k", "group_size"),
-    [(64, 96, 32), (72, 192, 64), (8, 128, 128), (200, 224, 32), (64, 192, 96), (320, 256, 128)],
+    [
+        (64, 96, 32),
+        (72, 192, 64),
+        (8, 128, 128),
+        (200, 224, 32),
+        (64, 192, 96),
+        (320, 256, 128),
+        (64, 256, 32),  # four groups in a step
+        (128, 384, 64),  # two
+        (64, 512, 256),
+    ],
 )
 def test_shapes(
     monkeypatch: pytest.MonkeyPatch, n: int, k: int, group_size: int, scale: str
@@ -134,7 +158,21 @@ def test_more_rows_than_the_kernel_takes() -> None:
     expected = x.double() @ exact.t() + bias.double()
     check(summed(int4_linear(x, weight, bias, partial=True)), expected)
     gate, up = expected.chunk(2, dim=1)
-    check(int4_silu_mul(x, weight, bias), torch.nn.functional.silu(gate) * up)
+    check(int4_silu_mul(x, weight, bias), silu(gate) * up)
+
+
+def test_a_tuned_tile_may_leave_the_product_to_cublas() -> None:
+    weight, exact = packed(128, 128, 64, torch.float16)
+    x = normal(40, 128, seed=8, dtype=torch.float16) / 20
+    bias = normal(128, seed=9, dtype=torch.float16)
+    expected = x.double() @ exact.t() + bias.double()
+    gate, up = expected.chunk(2, dim=1)
+    for kernel in ("w4a16", "w4a16_gated"):
+        tile = w4a16.candidates(kernel, n=128, k=128, group=64, m=64)[-1]
+        assert tile["block_m"] == 0
+        with tiles.trial(kernel, tile):
+            check(summed(int4_linear(x, weight, bias)), expected)
+            check(int4_silu_mul(x, weight, bias), silu(gate) * up, factor=3)
 
 
 def test_order_of_inputs() -> None:
@@ -155,7 +193,7 @@ def test_gated(
     weight, exact = packed(2 * half, 256, 128, dtype)
     x, bias = normal(m, 256, seed=11, dtype=dtype) / 50, normal(2 * half, seed=12, dtype=dtype)
     gate, up = (x.double() @ exact.t() + bias.double()).chunk(2, dim=1)
-    expected = torch.nn.functional.silu(gate) * up
+    expected = silu(gate) * up
     check(w4a16_silu_mul(x, weight, bias), expected, factor=3)
     assert not is_gated_best(x, weight)  # so few outputs: K is cut instead
     check(int4_silu_mul(x, weight, bias), expected, factor=3)
@@ -170,7 +208,7 @@ def test_gated_halves_that_are_no_whole_tiles(monkeypatch: pytest.MonkeyPatch) -
     x = normal(3, 128, seed=13) / 50
     assert not is_gated_best(x, weight)
     gate, up = (x.double() @ exact.t()).chunk(2, dim=1)
-    check(int4_silu_mul(x, weight, None), torch.nn.functional.silu(gate) * up)
+    check(int4_silu_mul(x, weight, None), silu(gate) * up)
 
 
 def test_results_repeat() -> None:
@@ -178,6 +216,27 @@ def test_results_repeat() -> None:
     x = normal(16, 512, seed=14, dtype=torch.bfloat16)
     first, second = (summed(int4_linear(x, weight, None)) for _ in range(2))
     assert torch.equal(first, second)
+
+
+def test_parts_of_larger_tensors_are_packed() -> None:
+    """A rank's columns of a checkpoint's tensors, as they are read."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(0, 16, (128, 512), generator=generator, dtype=torch.uint8)[:, :256]
+    zeros = torch.randint(0, 16, (2, 512), generator=generator, dtype=torch.uint8)[:, :256]
+    scales = torch.rand(2, 512, generator=generator)[:, :256]
+    part = pack_w4a16(q, zeros, scales, torch.float32, "cuda")
+    q, zeros, scales = (x.contiguous() for x in (q, zeros, scales))
+    whole = pack_w4a16(q, zeros, scales, torch.float32, "cuda")
+    assert torch.equal(dequantise(part), dequantise(whole))
+
+
+def test_a_stored_weight_comes_back() -> None:
+    weight, _ = packed(72, 96, 32, order=torch.arange(96).flip(0))
+    form, tensors = store("w", weight)
+    restored = restore(json.loads(json.dumps(form)), tensors)
+    x = normal(2, 96, seed=15)
+    assert restored.shape == weight.shape
+    assert torch.equal(summed(int4_linear(x, restored, None)), summed(int4_linear(x, weight, None)))
 
 
 def test_padding_is_zero() -> None:
