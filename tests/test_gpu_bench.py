@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.gpu.stages import GRACE_SECONDS, STAGES, TUNE, read_report
 from benchmarks.gpu.summary import tables
 from benchmarks.gpu.targets import targets
+from benchmarks.gpu.tune import write
+from kernels.gpu.tiles import tables as tables_of_tiles
 
 ROOT = Path(__file__).parents[1]
 FORBIDDEN = ("ray", "fastapi", "starlette", "pydantic", "httpx", "openai")
@@ -27,6 +30,7 @@ def _run(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
+@pytest.mark.slow
 def test_every_stage_runs_on_tiny_shapes(tmp_path: Path) -> None:
     stages = tmp_path / "stages.json"
     run = _run(tmp_path, "--rehearse", "--json", str(stages))
@@ -60,9 +64,16 @@ def test_a_wrong_result_fails_the_run(tmp_path: Path) -> None:
 
 
 def test_unknown_stages_are_refused(tmp_path: Path) -> None:
-    run = _run(tmp_path, "ceiling")
+    run = _run(tmp_path, "--rehearse", "ceiling")
     assert run.returncode == 2
     assert "no stage ceiling; there are warm_caches, ceilings" in run.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_what_runs_without_one(tmp_path: Path) -> None:
+    run = _run(tmp_path)
+    assert run.returncode == 2
+    assert "torch sees no GPU; --rehearse" in run.stderr
 
 
 def test_goals_are_met_or_missed_or_not_measured() -> None:
@@ -88,3 +99,14 @@ def test_goals_are_met_or_missed_or_not_measured() -> None:
 def test_no_stage_outlives_its_command() -> None:
     """A stage whose process hangs is ended within the ten minutes of a command."""
     assert max(stage.seconds for stage in (*STAGES, TUNE)) + GRACE_SECONDS < 540
+
+
+def test_tuned_tiles_are_written_as_launchers_read_them(tmp_path: Path) -> None:
+    entry = {"key": {"m": 16, "n": 4096}, "tile": {"block_n": 128, "scale": "after"}}
+    report = {
+        "ceilings": {"device": {"name": "NVIDIA H200"}},
+        "tune": {"kernels": {"w4a16": [entry], "decode_attention": []}},
+    }
+    path = write(report, tmp_path)
+    assert path.name == "nvidia-h200.json"
+    assert tables_of_tiles(path) == {"w4a16": {(("m", 16), ("n", 4096)): entry["tile"]}}

@@ -45,6 +45,7 @@ def results(triton_cache: None) -> Results:
     return dict(compiling([job for module in modules() for job in jobs(module)]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("module", modules())
 def test_kernels_compile_lean(module: str, capability: int, results: Results) -> None:

@@ -30,12 +30,12 @@ LANES_PER_S = 132 * 128 * 1.98e9
 BYTES_PER_S = 4.3e12
 # Forms in the table: what a job's name matches, what it is, bytes per element (None: matrix-bound).
 FORMS: tuple[tuple[str, str, float | None], ...] = (
-    (r"^w4a16: M4 .* bfloat16 K4096 g128 zeros split$", "int4 linear, M ≤ 4", 0.516),
-    (r"^w4a16: M16 .* bfloat16 K4096 g128 zeros split$", "int4 linear, M ≤ 16", 0.516),
-    (r"^w4a16: M32 .* bfloat16 K4096 g128 zeros split$", "int4 linear, M ≤ 32", 0.516),
-    (r"^w4a16: M64 \d.* bfloat16 K4096 g128 zeros split$", "int4 linear, M ≤ 64", 0.516),
-    (r"^w4a16: M128 \d.* bfloat16 K4096 g128 zeros split$", "int4 linear, M ≤ 128", 0.516),
-    (r"^w4a16: M16 .* zeros gated$", "gate and up with SiLU, M ≤ 16", 0.516),
+    (r"^w4a16: (w4a16 )?M4 .* bfloat16 K4096 g128 zeros split$", "int4 linear, M ≤ 4", 0.516),
+    (r"^w4a16: (w4a16 )?M16 .* bfloat16 K4096 g128 zeros split$", "int4 linear, M ≤ 16", 0.516),
+    (r"^w4a16: (w4a16 )?M32 .* bfloat16 K4096 g128 zeros split$", "int4 linear, M ≤ 32", 0.516),
+    (r"^w4a16: (w4a16 )?M64 \d.* bfloat16 K4096 g128 zeros split$", "int4 linear, M ≤ 64", 0.516),
+    (r"^w4a16: (w4a16 )?M128 \d.* bfloat16 K4096 g128 zeros split$", "int4 linear, M ≤ 128", 0.516),
+    (r"^w4a16: (w4a16 )?M16 .* zeros gated$", "gate and up with SiLU, M ≤ 16", 0.516),
     (r"^decode_attention: bfloat16 bf16 D128 G4 block 64 tile \S+ w\d s\d$",
      "decode attention, bf16", 2.0),
     (r"^decode_attention: bfloat16 int8 D128 G4 block 64 tile \S+ w\d s\d$",
@@ -44,8 +44,10 @@ FORMS: tuple[tuple[str, str, float | None], ...] = (
      "decode attention, fp8", 1.031),
     (r"^decode_attention: bfloat16 int4 D128 G4 block 64 tile \S+ w\d s\d$",
      "decode attention, int4", 0.531),
-    (r"^prefill_attention: .*bfloat16, kv 0, D 128, sm_90 tile$", "prompt attention, bf16", None),
-    (r"^prefill_attention: .*bfloat16, kv 8, D 128, sm_90 tile$", "prompt attention, int8", None),
+    (r"^prefill_attention: bfloat16 plain D128 G4 block 64 tile 128x64 w\d$",
+     "prompt attention, bf16", None),
+    (r"^prefill_attention: bfloat16 int8 D128 G4 block 64 tile 128x64 w\d$",
+     "prompt attention, int8", None),
 )  # fmt: skip
 
 

@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 from benchmarks.gpu import stages, summary
 from benchmarks.gpu.bench import Report
 
@@ -88,6 +90,8 @@ def _arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.stages if name not in known]:
         parser.error(f"no stage {', '.join(unknown)}; there are {', '.join(known)}")
+    if not (arguments.rehearse or arguments.in_process or torch.cuda.is_available()):
+        parser.error("torch sees no GPU; --rehearse runs all stages on tiny shapes without one")
     return arguments
 
 

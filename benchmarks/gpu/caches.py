@@ -1,6 +1,6 @@
 """Random paged caches of every policy, steps that read them, and float64 attention over them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,8 +11,11 @@ from kernels.kv_layout import (
     QuantizedKV,
     dequantize_kv,
     join_nibbles,
+    k_bytes,
     k_words,
     quantize_kv,
+    split_nibbles,
+    v_bytes,
     v_words,
 )
 
@@ -56,6 +59,28 @@ def random_cache(
         head_dim=head_dim,
     )
     return Paged(cache, dequantize_kv(k, k_params, policy), dequantize_kv(v, v_params, policy))
+
+
+def on_cpu(cache: LayerCache) -> LayerCache:
+    """A copy."""
+    if isinstance(cache, Tensor):
+        return cache.cpu().clone()
+    tensors = {name: getattr(cache, name).cpu().clone() for name in ("k", "v", "params")}
+    return replace(cache, **tensors)
+
+
+def held(cache: LayerCache) -> tuple[Tensor, Tensor]:
+    """float32 keys and values [num_blocks, Hkv, tokens, D]."""
+    if isinstance(cache, Tensor):
+        keys, values = cache.float().chunk(2, 1)
+        return keys, values
+    halves = cache.params.contiguous().view(torch.float16)
+    params = halves.view(*cache.params.shape, 2).chunk(2, 1)
+    parts = []
+    for u, param in zip((k_bytes(cache.k), v_bytes(cache.v)), params, strict=True):
+        values = split_nibbles(u, cache.head_dim) if cache.policy == 4 else u
+        parts.append(dequantize_kv(values, param, cache.policy))
+    return parts[0], parts[1]
 
 
 def make_step(

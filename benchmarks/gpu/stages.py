@@ -32,6 +32,7 @@ STAGES = (
     Stage("ceilings", 20),
     Stage("linear_checks", 40),
     Stage("attention_checks", 50),
+    Stage("rope_checks", 20),
     Stage("engine_tokens", 60),
     Stage("linears", 75),
     Stage("engine_int4", 110),
@@ -40,6 +41,7 @@ STAGES = (
     Stage("engine_bf16", 50),
     Stage("transformers_speed", 60),
     Stage("prefill_attention", 30),
+    Stage("rope_store", 15),
     Stage("dependent_launch", 15),
 )
 TUNE = Stage("tune", 480)  # on demand only

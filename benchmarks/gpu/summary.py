@@ -12,15 +12,19 @@ from benchmarks.record import show as show_table
 def show(report: Report) -> None:
     for table in tables(report):
         show_table(table)
+        print("\n".join(table.notes))
 
 
 def show_stages(report: Report) -> None:
-    show_table(_stages(report))
+    table = _stages(report)
+    show_table(table)
+    print("\n".join(table.notes))
 
 
 def tables(report: Report) -> list[Table]:
-    made = [_linears(report), _decode_attention(report), _engine(report), _targets(report)]
-    return [table for table in [*made, _stages(report)] if table.rows]
+    makers = (_linears, _decode_attention, _prefill_attention, _rope_store, _sampling, _engine,
+              _prompts, _targets, _stages)  # fmt: skip
+    return [table for table in (make(report) for make in makers) if table.rows]
 
 
 def save(report: Report, folder: Path) -> Path:
@@ -69,6 +73,50 @@ def _decode_attention(report: Report) -> Table:
                 rows.append([context, kind, point["us"], point["floor_us"], point["tb_s"]])
         rows += [[context, f"SDPA {name}", us, "", ""] for name, us in peers.items()]
     return Table("Decode attention, us", ["context", "kind", "us", "floor", "TB/s"], rows)
+
+
+def _rope_store(report: Report) -> Table:
+    times = report.get("rope_store", {}).get("times", {})
+    rows: list[list[str | float]] = [
+        [label, point["us"], point["floor_us"], point["tb_s"]]
+        for label, point in times.items()
+        if point is not None
+    ]
+    return Table("Norm, rotation and cache writes, us", ["step", "us", "floor", "TB/s"], rows)
+
+
+def _prefill_attention(report: Report) -> Table:
+    rows: list[list[str | float]] = []
+    for length, kinds in report.get("prefill_attention", {}).get("prompts", {}).items():
+        for kind, point in kinds.items():
+            if kind != "peers" and point is not None:
+                rows.append([length, kind, point["us"], point["tflop_s"]])
+        peers = kinds.get("peers") or {}
+        rows += [[length, f"SDPA {name}", us, ""] for name, us in peers.items()]
+    return Table("Prompt attention, us", ["tokens", "kind", "us", "TFLOP/s"], rows)
+
+
+def _sampling(report: Report) -> Table:
+    times = report.get("sampling", {}).get("us", {})
+    rows: list[list[str | float]] = [[kind, us] for kind, us in times.items() if us is not None]
+    return Table("Sampling, 64 rows of 128,256 logits, us", ["kind", "us"], rows)
+
+
+def _prompts(report: Report) -> Table:
+    rows: list[list[str | float]] = [
+        [label, _cell(section.get("ttft_ms")), _cell(section.get("prefill_tokens_per_s")),
+         _cell(section.get("tokens_per_s"))]
+        for label, section in (
+            ("int4", report.get("engine_int4", {}).get("plain")),
+            ("bf16", report.get("engine_bf16", {}).get("plain")),
+            ("transformers generate", report.get("transformers_speed", {}).get("generate")),
+            ("transformers generate_batch, 64 streams",
+             report.get("transformers_speed", {}).get("generate_batch")),
+        )
+        if section is not None
+    ]  # fmt: skip
+    columns = ["engine", "first token, ms", "prompt tok/s", "decode tok/s"]
+    return Table("Prompts of 1,024 tokens, and transformers", columns, rows)
 
 
 def _engine(report: Report) -> Table:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from kernels.gpu import tiles
-from kernels.gpu.sass import disassemble, main_loop
+from kernels.gpu.sass import count, disassemble, main_loop, resources
 
 TABLE = Path(__file__).with_name("instructions.json")
 CAPABILITIES = (80, 90)
@@ -55,9 +55,10 @@ class Compiled:
     registers: int  # per thread
     spills: int  # bytes of stack per thread
     shared: int  # bytes per block
-    per_element: float  # lane instructions of the main loop per element; 0: not counted
-    hgmma: int  # instructions for Hopper's matrix units
-    hmma: int  # and for those of all GPUs
+    # Of cases with elements only:
+    per_element: float = 0.0  # lane instructions of the main loop
+    hgmma: int = 0  # instructions for Hopper's matrix units
+    hmma: int = 0  # and for those of all GPUs
 
 
 _POINTERS = {
@@ -87,16 +88,18 @@ def compile_case(case: CompileCase, capability: int) -> Compiled:
     source = ASTSource(case.kernel, signature, constants, attributes)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options=dict(case.options))
-    registers, stack, code = disassemble(compiled.asm["cubin"])
-    threads = 32 * case.options.get("num_warps", 4)
-    loop = len(main_loop(code)) if case.elements else 0
-    return Compiled(
-        registers=registers,
-        spills=stack,
-        shared=compiled.metadata.shared,
-        per_element=round(loop * threads / case.elements, 3) if case.elements else 0.0,
-        hgmma=sum("HGMMA" in line for line in code),
-        hmma=sum(bool(re.search(r"\bHMMA\b", line)) for line in code),
+    cubin = compiled.asm["cubin"]
+    registers, stack = resources(cubin)
+    found = Compiled(registers=registers, spills=stack, shared=compiled.metadata.shared)
+    if not case.elements:
+        return found
+    code = disassemble(cubin)
+    instructions = len(main_loop(code)) * 32 * case.options.get("num_warps", 4)
+    return replace(
+        found,
+        per_element=round(instructions / case.elements, 3),
+        hgmma=count("HGMMA", code),
+        hmma=count("HMMA", code),
     )
 
 

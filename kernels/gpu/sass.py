@@ -11,24 +11,28 @@ _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,5}\*/\s+\S")
 _BRANCH = re.compile(r"BRA\b.*`\((\.L_x_\d+)\)")
 
 
-def disassemble(cubin: bytes) -> tuple[int, int, list[str]]:
-    """Registers, bytes of stack, and the lines of code and of labels."""
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack of a thread."""
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "-res-usage", cubin))
+    assert usage is not None, "cuobjdump tells no registers"
+    return int(usage[1]), int(usage[2])
+
+
+def disassemble(cubin: bytes) -> list[str]:
+    """The lines of code and of labels; takes 0.3 s."""
+    lines = _tool("nvdisasm", "-c", cubin).splitlines()
+    return [line for line in lines if _LABEL.match(line) or _INSTRUCTION.search(line)]
+
+
+def _tool(name: str, flag: str, cubin: bytes) -> str:
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-
-        def tool(name: str, flag: str) -> str:
-            command = [str(tools / name), flag, str(path)]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        usage = re.search(r"REG:(\d+) STACK:(\d+)", tool("cuobjdump", "-res-usage"))
-        lines = tool("nvdisasm", "-c").splitlines()
-    assert usage is not None, "cuobjdump tells no registers"
-    code = [line for line in lines if _LABEL.match(line) or _INSTRUCTION.search(line)]
-    return int(usage[1]), int(usage[2]), code
+        command = [str(tools / name), flag, str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def main_loop(code: Sequence[str]) -> list[str]:
@@ -52,5 +56,10 @@ def main_loop(code: Sequence[str]) -> list[str]:
     return min((loop for loop in loops if _num_products(loop) == most), key=len)
 
 
+def count(opcode: str, code: Sequence[str]) -> int:
+    """HMMA is not HGMMA, nor HFMA2.MMA."""
+    return sum(bool(re.search(rf"\s{opcode}\b", line)) for line in code)
+
+
 def _num_products(loop: Sequence[str]) -> int:
-    return sum("MMA" in line for line in loop)
+    return count("[HIQ]G?MMA", loop)
