@@ -85,10 +85,16 @@ def _graph_bytes(steps: GpuSteps, max_num_seqs: int) -> int:
     """What the graphs will take: the largest its memory, each one about as much as the second."""
     if steps.graphs is None or not torch.cuda.is_available():
         return 0
-    free = [free_memory("cuda")]
+    free = [_free_without_cached()]
     sizes = bucket_sizes(max_num_seqs)
     for size in sizes[:-3:-1]:
         steps.graphs.capture([size])
-        free.append(free_memory("cuda"))
+        free.append(_free_without_cached())
     taken = [before - after for before, after in itertools.pairwise(free)]
     return taken[0] + sum(taken[1:]) * (len(sizes) - 1)
+
+
+def _free_without_cached() -> int:
+    """Capturing gives back what torch holds unused, so that must not count before it either."""
+    torch.cuda.empty_cache()
+    return free_memory("cuda")

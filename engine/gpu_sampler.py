@@ -11,6 +11,7 @@ not collected: the record is written after that step in the order of the stream.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +20,15 @@ from torch import Tensor
 
 from engine.batch import NewRow, SamplingBatch
 from engine.gpu_edits import GpuEdits
+from engine.gpu_results import PendingLogprobs, PendingTokens, first_entry, launch_logprobs
 from engine.host_copies import Download, upload
-from engine.outputs import TokenLogprobs
-from engine.sampler import SampledTokens
+from engine.sampling_params import SamplingParams
 from kernels.gpu.logit_edits import IN_PROMPT, LogitEdits, edit_logits
 from kernels.gpu.logprobs import token_logprobs
 from kernels.gpu.sampling import Scratch, sample
 from kernels.gpu.sampling_table import RECORD, TAIL_TOKENS, WORDS, allocate_table
+
+__all__ = ["GpuSampler", "PendingLogprobs", "PendingTokens", "launch_logprobs"]
 
 Int32Array = NDArray[np.int32]
 
@@ -34,46 +37,18 @@ _MAX_INVERSE_TEMPERATURE = 1e30
 _MAX_COUNT = 0x7FFF
 
 
-@dataclass(frozen=True, slots=True)
-class PendingTokens:
-    """The tokens of a step, perhaps not chosen yet."""
-
-    _copy: Download | None  # None without rows
-    _num_rows: int
-    _scored: list[int]  # rows that want log probabilities
-    _num_top: list[int]  # of each
-
-    def get(self) -> SampledTokens:
-        """Waits for the step."""
-        if self._copy is None:
-            return SampledTokens(np.zeros(0, dtype=np.int32))
-        words = self._copy.get()
-        num_rows = self._num_rows
-        logprobs: list[TokenLogprobs | None] | None = None
-        if self._scored:
-            entries = words[2 * num_rows :].reshape(len(self._scored), -1)
-            logprobs = [None] * num_rows
-            for index, num_top, entry in zip(self._scored, self._num_top, entries, strict=True):
-                logprobs[index] = _read_logprobs(entry, num_top)
-        return SampledTokens(
-            token_ids=words[:num_rows].copy(),
-            logprobs=logprobs,
-            invalid=np.flatnonzero(words[num_rows : 2 * num_rows] == 0).tolist(),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class PendingLogprobs:
-    """Scores of given tokens, perhaps not computed yet."""
-
-    _copy: Download | None  # None without tokens
-
-    def get(self) -> list[TokenLogprobs]:
-        """Waits for the scores."""
-        if self._copy is None:
-            return []
-        entries = self._copy.get()
-        return [_read_logprobs(entry, (len(entry) - 3) // 2) for entry in entries]
+_BIASED: dict[str, Any] = {"logit_bias": {0: 1.0}}
+_PENALISED = _BIASED | {"repetition_penalty": 1.1}
+_LIMITED: dict[str, Any] = {"top_p": 0.9}
+# Between them they launch every form of every kernel.
+_ALL_FORMS: tuple[dict[str, Any], ...] = (
+    {},
+    _LIMITED,
+    _BIASED,
+    _BIASED | _LIMITED | {"bad_words": [[0], [0, 0]]},
+    _PENALISED,
+    _PENALISED | _LIMITED | {"logprobs": 1},
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +104,8 @@ class GpuSampler:
             edited = edit_logits(logits, plan.rows_on_device, self._table, counts, plan.edits)
         num_top = max(plan.num_top, default=0)
         entry_size = 3 + 2 * num_top
-        size = 2 * num_rows + len(plan.scored) * entry_size
+        start = first_entry(num_rows)
+        size = start + len(plan.scored) * entry_size
         result = torch.empty(size, dtype=torch.int32, device=self._device)
         chosen = result[: 2 * num_rows].view(2, num_rows)
         sample(
@@ -143,10 +119,21 @@ class GpuSampler:
             plan.limits,
         )
         if plan.scored_on_device is not None:
-            entries = result[2 * num_rows :].view(-1, entry_size)
+            entries = result[start:].view(-1, entry_size)
             token_logprobs(logits, plan.scored_on_device, chosen[0], num_top, entries)
         self._requests["num_outputs"][plan.rows] += 1
         return PendingTokens(Download.start(result), num_rows, plan.scored, plan.num_top)
+
+    def warm_up(self, logits: Tensor, token_pool: Tensor) -> None:
+        """Compile whatever requests may ask for, on logits [1 or more, V] of the type to come.
+
+        Draws in row 0, which is written anew for the sequence that gets it.
+        """
+        for asked in _ALL_FORMS:
+            new = NewRow(0, SamplingParams(**asked), 0, (), [0], [])
+            batch = SamplingBatch([new], np.zeros(1, dtype=np.int32))
+            self.launch(logits, batch, token_pool).get()
+        launch_logprobs(logits, torch.zeros(1, dtype=torch.int32), 1).get()
 
     def _admit(self, new: NewRow) -> None:
         params = new.params
@@ -241,22 +228,6 @@ class GpuSampler:
         counts.index_copy_(0, pairs[0].to(torch.int64), pairs[1].to(torch.int16))
 
 
-@torch.inference_mode()
-def launch_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> PendingLogprobs:
-    """Start scoring token_ids [n] under logits [n or more, V], with num_top alternatives each."""
-    if len(token_ids) == 0:
-        return PendingLogprobs(None)
-    num_top = min(num_top, logits.shape[1])
-    if token_ids.device == logits.device:
-        on_device = token_ids.to(torch.int32)
-    else:
-        (on_device,) = upload([token_ids.to(torch.int32).numpy()], logits.device)
-    shape = (len(token_ids), 3 + 2 * num_top)
-    entries = torch.empty(shape, dtype=torch.int32, device=logits.device)
-    token_logprobs(logits, None, on_device, num_top, entries)
-    return PendingLogprobs(Download.start(entries))
-
-
 def _is_limited(requests: NDArray[np.void], vocab_size: int) -> NDArray[np.bool_]:
     ranked = (requests["top_k"] < vocab_size) | (requests["top_p"] < 1.0)
     limited: NDArray[np.bool_] = (ranked | (requests["min_p"] > 0.0)) & (
@@ -272,16 +243,3 @@ def _count(new: NewRow, vocab_size: int) -> Int32Array:
     counts[new.prompt_token_ids] += IN_PROMPT
     token_ids = np.flatnonzero(counts)
     return np.stack([token_ids, counts[token_ids]]).astype(np.int32)
-
-
-def _read_logprobs(entry: Int32Array, num_top: int) -> TokenLogprobs:
-    """From the words of kernels.gpu.logprobs.token_logprobs, which may hold more alternatives."""
-    logprobs = np.ascontiguousarray(entry).view(np.float32)
-    first_logprob = 3 + (len(entry) - 3) // 2
-    return TokenLogprobs(
-        token_id=int(entry[0]),
-        logprob=float(logprobs[1]),
-        rank=int(entry[2]),
-        top_token_ids=entry[3 : 3 + num_top].tolist(),
-        top_logprobs=logprobs[first_logprob : first_logprob + num_top].tolist(),
-    )

@@ -4,13 +4,12 @@
 step finds them, and come to the host when `PendingStep.get` is asked for them.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch import Batch, NewRow, Sampling, SamplingBatch
+from engine.batch import Batch, Sampling
 from engine.config import EngineConfig
 from engine.executor import EngineInfo
 from engine.gpu_memory import free_for_cache
@@ -20,7 +19,6 @@ from engine.outputs import StepResult
 from engine.parallel import ParallelGroup
 from engine.prompt_scores import SCORE_ROWS, split_scores
 from engine.rank_model import RankModel
-from engine.sampling_params import SamplingParams
 from engine.weights.peers import Peers
 
 
@@ -56,7 +54,9 @@ class GpuWorker:
         if self._steps.graphs is not None:
             self._steps.graphs.capture()
         if torch.cuda.is_available() and group.rank == 0 and group.is_last_stage:
-            self._compile_sampler()
+            shape, device = (1, model.spec.vocab_size), model.tensor_device
+            logits = torch.zeros(shape, dtype=model.dtype, device=device)
+            self._sampler.warm_up(logits, self._steps.token_pool)
 
     def launch(self, batch: Batch, sampling: Sampling | None) -> _Pending | None:
         """Start one step where all layers are here; its result exists on rank 0, as `sampling`."""
@@ -71,16 +71,6 @@ class GpuWorker:
         indices = self._steps.logit_indices(batch)[: batch.num_sampled]
         pending = self._draw(batch, hidden, self._steps.logits(hidden, indices), sampling)
         return None if pending is None else pending.get()
-
-    def _compile_sampler(self) -> None:
-        """Draw in row 0, which is set anew for the sequence that gets it."""
-        vocab_size, dtype = self.model.spec.vocab_size, self.model.dtype
-        logits = torch.zeros((1, vocab_size), dtype=dtype, device=self.model.tensor_device)
-        edited = SamplingParams(top_p=0.9, repetition_penalty=1.1, bad_words=[[1], [2, 3]])
-        for params in (SamplingParams(), replace(edited, logprobs=1)):
-            new = NewRow(0, params, 0, (), [0], [])
-            batch = SamplingBatch([new], np.zeros(1, dtype=np.int32))
-            self._sampler.launch(logits, batch, self._steps.token_pool).get()
 
     @torch.inference_mode()
     def _draw(

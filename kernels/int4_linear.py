@@ -5,14 +5,13 @@ Error of y against float64 arithmetic, relative to its norm: bf16 0.4 %, of whic
 rounding is 0.2; with int8_activations about 0.7 % on a CPU with AMX and 1.3 % on others; float32
 computes with the dequantised values and is the exact mode. Times: benchmarks/cpu_linears.py.
 
-A GPU multiplies up to MAX_KERNEL_ROWS rows by the packed weight, and more after dequantising it;
-a weight whose groups its kernels cannot take is kept dequantised.
+A GPU multiplies some hundred rows by the packed weight (kernels/gpu/w4a16_kernel.py), and more
+after dequantising it; a weight whose groups its kernels cannot take is kept dequantised.
 """
 
 from typing import Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.activation import silu_mul
@@ -20,7 +19,6 @@ from kernels.cpu import library
 from kernels.cpu.int4 import GROUP_SIZES, AmxInt4Weight, amx_int4_linear, pack_amx_int4
 from kernels.gpu import interpreted
 from kernels.gpu.w4a16_pack import W4A16Weight, is_packable, pack_w4a16
-from kernels.gpu.w4a16_tiles import MAX_KERNEL_ROWS
 from kernels.int4_aten import AtenInt4Weight, aten_int4_linear, pack_aten_int4
 from kernels.partials import Partials
 
@@ -72,7 +70,9 @@ def int4_linear(
     """x [M, K] -> [M, N] in x's dtype. `partial`: Partials will do as well."""
     assert x.shape[1] == weight.shape[1]
     if isinstance(weight, W4A16Weight):
-        return _w4a16(x, weight, bias, partial)
+        from kernels.gpu.w4a16 import w4a16_linear
+
+        return w4a16_linear(_in_order(x, weight), weight, bias, partial)
     if isinstance(weight, AmxInt4Weight):
         return amx_int4_linear(x, weight, bias)
     return aten_int4_linear(x, weight, bias)
@@ -80,22 +80,12 @@ def int4_linear(
 
 def int4_silu_mul(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
     """x [M, K], outputs of `weight` gate's and then up's -> silu(gate) * up, [M, N/2]."""
-    if isinstance(weight, W4A16Weight) and len(x) <= MAX_KERNEL_ROWS:
+    if isinstance(weight, W4A16Weight):
         from kernels.gpu.w4a16 import is_gated_best, w4a16_silu_mul
 
         if is_gated_best(x, weight):
             return w4a16_silu_mul(_in_order(x, weight), weight, bias)
     return silu_mul(int4_linear(x, weight, bias, partial=True))
-
-
-def _w4a16(x: Tensor, weight: W4A16Weight, bias: Tensor | None, partial: bool) -> Tensor | Partials:
-    from kernels.gpu.w4a16 import w4a16_linear
-    from kernels.gpu.w4a16_dequantise import dequantise
-
-    x = _in_order(x, weight)
-    if len(x) > MAX_KERNEL_ROWS:
-        return F.linear(x, dequantise(weight), bias)
-    return w4a16_linear(x, weight, bias, partial)
 
 
 def _in_order(x: Tensor, weight: W4A16Weight) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kernels.activation import silu_mul
 from kernels.norm import add_rms_norm, head_rms_norm_, rms_norm
+from kernels.partials import Partials
 from kernels.rope import apply_rope_, signed_sin
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -63,6 +64,28 @@ def test_add_rms_norm(dtype: torch.dtype, num_tokens: int) -> None:
     normed, total = add_rms_norm(x, residual, weight, EPS)
     assert torch.equal(total, x + residual)
     assert_near(normed, norm64(total, weight), roundings=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_first_norm_has_no_residual(dtype: torch.dtype) -> None:
+    x, weight = normal(3, 48, dtype=dtype), normal(48, dtype=dtype, seed=2)
+    normed, total = add_rms_norm(x, None, weight, EPS)
+    assert torch.equal(total, x)
+    assert_near(normed, norm64(x, weight), roundings=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_parts_of_a_product_are_added_up_first(dtype: torch.dtype, biased: bool) -> None:
+    bias = normal(48, dtype=dtype, seed=3) if biased else None
+    parts = Partials(normal(3, 5, 48, dtype=torch.float32), bias, dtype)
+    exact = parts.data.double().sum(0) + (0 if bias is None else bias.double())
+    assert_near(parts.sum(), exact, roundings=1)
+    residual, weight = normal(5, 48, dtype=dtype, seed=1), normal(48, dtype=dtype, seed=2)
+    plain = add_rms_norm(parts.sum(), residual, weight, EPS)
+    for found, expected in zip(add_rms_norm(parts, residual, weight, EPS), plain, strict=True):
+        assert torch.equal(found, expected)
+    assert torch.equal(silu_mul(parts), silu_mul(parts.sum()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

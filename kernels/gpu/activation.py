@@ -60,7 +60,7 @@ def compile_cases() -> list[CompileCase]:
     forms = ((bf16, 0, False), (f32, 0, False), (bf16, 4, False), (bf16, 8, True))
     return [
         CompileCase(
-            f"silu_mul {str(dtype).removeprefix('torch.')} {splits} parts" + " bias" * bias,
+            f"{str(dtype).removeprefix('torch.')} {splits} parts" + " bias" * bias,
             _silu_mul_kernel,
             (f32 if splits else dtype, dtype if bias else None, dtype, 16, 14336),
             {"SPLITS": splits, "BLOCK": BLOCK, "PDL": False},

@@ -72,8 +72,7 @@ def decode_attention(
     max_keys = step.max_context_len
     if window is not None:
         max_keys = min(max_keys, window + tile.tokens)
-    num_tiles = -(-max_keys // tile.tokens)
-    splits = num_splits(programs, num_tiles, _num_sms(q.device), tile.programs_per_sm)
+    splits = num_splits(programs, max_keys, _num_sms(q.device), tile)
     part_out, part_stat = None, None
     if splits > 1:
         parts = (step.num_decodes, num_heads, splits)

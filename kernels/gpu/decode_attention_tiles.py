@@ -10,6 +10,9 @@ from kernels.gpu import tiles
 from kernels.kv_layout import features_per_token
 
 MAX_SPLITS = 64
+# A long sequence among many short ones, where each has a program per KV head, would keep the rest
+# of the GPU waiting for the few that it has.
+MAX_SPLIT_KEYS = 8192
 # What a program may have on its way to shared memory, of the 163 KiB of sm_80.
 MAX_TILE_BYTES = 144 * 1024
 
@@ -89,7 +92,7 @@ def candidates(kernel: str, **key: Any) -> list[dict[str, Any]]:
     rows = [8, 16] if form.policy and form.group <= 8 else [default.rows]
     tried = [
         Tile(tokens, num_rows, num_warps, num_stages, default.programs_per_sm)
-        for tokens in (32, 64, 128)
+        for tokens in ((64, 128) if form.policy else (32, 64, 128))
         for num_rows in rows
         for num_warps in (4, 8)
         for num_stages in (2, 3, 4)
@@ -113,6 +116,9 @@ def form_of(key: dict[str, Any]) -> Form:
     )
 
 
-def num_splits(programs: int, num_tiles: int, num_sms: int, programs_per_sm: int) -> int:
-    """As many as run at once, no more than tiles; at least one."""
-    return max(1, min(programs_per_sm * num_sms // programs, num_tiles, MAX_SPLITS))
+def num_splits(programs: int, max_keys: int, num_sms: int, tile: Tile) -> int:
+    """As many as run at once, no more than tiles; but none with more than MAX_SPLIT_KEYS keys."""
+    num_tiles = -(-max_keys // tile.tokens)
+    least = -(-max_keys // MAX_SPLIT_KEYS)
+    wanted = max(least, tile.programs_per_sm * num_sms // programs)
+    return max(1, min(wanted, num_tiles, MAX_SPLITS))

@@ -128,10 +128,16 @@ def token_logprobs(
     assert 0 <= num_top <= min(MAX_TOP, vocab_size), num_top
     num_blocks = triton.cdiv(vocab_size, BLOCK)
     device = logits.device
-    per_block = torch.empty((2, num_entries, num_blocks), dtype=torch.float32, device=device)
-    above = torch.empty((num_entries, num_blocks), dtype=torch.int32, device=device)
-    top = torch.empty((2, num_entries, num_blocks, MAX_TOP), dtype=torch.int32, device=device)
-    stages = (per_block[0], per_block[1], above, top[0], top[1])
+    per_block = (num_entries, num_blocks)
+    top = (num_entries, num_blocks, MAX_TOP)
+    # A tensor each: Triton compiles anew for a pointer whose alignment is another one.
+    stages = (
+        torch.empty(per_block, dtype=torch.float32, device=device),
+        torch.empty(per_block, dtype=torch.float32, device=device),
+        torch.empty(per_block, dtype=torch.int32, device=device),
+        torch.empty(top, dtype=torch.int32, device=device),
+        torch.empty(top, dtype=torch.int32, device=device),
+    )
     stride = logits.stride(0)
     _block_kernel[(num_entries, num_blocks)](
         logits,

@@ -95,7 +95,7 @@ def compile_cases() -> list[CompileCase]:
     )
     return [
         CompileCase(
-            f"add_rms_norm {name} {h}",
+            f"{name} {h}",
             _add_rms_norm_kernel,
             (
                 f32 if splits else dtype,

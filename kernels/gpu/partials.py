@@ -72,7 +72,7 @@ def compile_cases() -> list[CompileCase]:
     bf16, f32 = torch.bfloat16, torch.float32
     return [
         CompileCase(
-            f"sum_partials {splits} parts" + " bias" * (bias is not None),
+            f"{splits} parts" + " bias" * (bias is not None),
             _sum_partials_kernel,
             (f32, bias, bf16, 16, 4096),
             {"SPLITS": splits, "BLOCK": BLOCK, "PDL": False},

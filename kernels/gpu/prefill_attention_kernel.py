@@ -33,57 +33,79 @@ def _find_tile(query_start_loc_ptr, first_row, num_rows, tile, BLOCK_Q: tl.const
 
 @triton.jit
 def _attend(
-    q, acc, row_max, row_sum, positions, slopes, start, end,
+    q, acc, p, decay, row_max, row_sum, positions, slopes, origin, start, end,
     k_ptr, v_ptr, params_ptr, table_ptr, head, scale, window, soft_cap,
     HKV: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, POLICY: tl.constexpr, EXACT: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The rows' maxima, sums and weighted values after the keys from `start` up to `end`."""
+    """What the rows have after the keys from `start` up to `end`.
+
+    Over a plain cache a tile's weights p and the decay of what was before it wait for the next
+    tile: its scores are asked for first, and while those of this step become weights, the matrix
+    unit multiplies the weights of the step before with their values.
+    """
     BLOCK_F: tl.constexpr = BLOCK_D // 2 if POLICY == 4 else BLOCK_D
-    offs_n = tl.arange(0, BLOCK_N)
-    for key in tl.range(start, end, BLOCK_N):
-        if POLICY == 0:
-            k, v = load_plain_tile(
-                k_ptr, v_ptr, table_ptr, head, key, end,
-                HKV, D, BLOCK_SIZE, BLOCK_D, BLOCK_N, MASKED,
+    # Around a loop of no steps ptxas 12.8 would make all matrix instructions wait for each other.
+    if start < end:
+        for key in tl.range(start, end, BLOCK_N):
+            if POLICY == 0:
+                k = load_plain_tile(
+                    k_ptr, table_ptr, head, key, end, HKV, D, BLOCK_SIZE, BLOCK_D, BLOCK_N, False
+                )
+            else:
+                k, v = load_quantized_tile(
+                    k_ptr, v_ptr, params_ptr, table_ptr, head, key, end,
+                    HKV, F, BLOCK_SIZE, BLOCK_F, BLOCK_N, POLICY, EXACT, MASKED,
+                )  # fmt: skip
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+            if POLICY == 0:
+                before = tl.maximum(key - BLOCK_N, origin)
+                v = load_plain_tile(
+                    v_ptr, table_ptr, head, before, end,
+                    HKV, D, BLOCK_SIZE, BLOCK_D, BLOCK_N, MASKED,
+                )  # fmt: skip
+                acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+            p, decay, row_max, row_sum = _weights(
+                scores, row_max, row_sum, positions, slopes, key, scale, window, soft_cap,
+                BLOCK_N, MASKED,
             )  # fmt: skip
-        else:
-            k, v = load_quantized_tile(
-                k_ptr, v_ptr, params_ptr, table_ptr, head, key, end,
-                HKV, F, BLOCK_SIZE, BLOCK_F, BLOCK_N, POLICY, EXACT, MASKED,
-            )  # fmt: skip
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        factor = scale * LOG2_E
-        if soft_cap is not None:  # tanh(x) = 1 - 2 / (1 + e^2x)
-            cap = soft_cap * LOG2_E
-            scores = cap - 2.0 * cap / (1.0 + tl.exp2(scores * (2.0 * factor / soft_cap)))
-        if slopes is not None:
-            if soft_cap is None:
-                scores *= factor
-            distance = (key + offs_n)[None, :] - positions[:, None]
-            scores += (slopes * LOG2_E)[:, None] * distance.to(tl.float32)
-        if soft_cap is not None or slopes is not None:
-            factor = 1.0
-        seen = scores
-        if MASKED:
-            mask = (key + offs_n)[None, :] <= positions[:, None]
-            if window is not None:
-                mask &= (key + offs_n)[None, :] > positions[:, None] - window
-            seen = tl.where(mask, scores, -1e30)
-        new_max = tl.maximum(row_max, tl.max(seen, 1) * factor)
-        p = tl.exp2(scores * factor - new_max[:, None])
-        if MASKED:  # a hidden score may be NaN, or its weight infinite
-            p = tl.where(mask, p, 0.0)
-        decay = tl.exp2(row_max - new_max)
-        row_sum = row_sum * decay + tl.sum(p, 1)
-        row_max = new_max
-        p = p.to(v.dtype)
-        if POLICY == 0:
-            acc = tl.dot(p, v, acc * decay[:, None], input_precision="ieee")
-        else:
-            acc = tl.dot(v, tl.trans(p), acc * decay[None, :], input_precision="ieee")
-    return acc, row_max, row_sum
+            if POLICY != 0:
+                pt = tl.trans(p.to(v.dtype))
+                acc = tl.dot(v, pt, acc * decay[None, :], input_precision="ieee")
+    return acc, p, decay, row_max, row_sum
+
+
+@triton.jit
+def _weights(
+    scores, row_max, row_sum, positions, slopes, key, scale, window, soft_cap,
+    BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Of a tile of keys, relative to the rows' maxima so far, and the decay of earlier ones."""
+    positions_n = key + tl.arange(0, BLOCK_N)
+    factor = scale * LOG2_E
+    if soft_cap is not None:  # tanh(x) = 1 - 2 / (1 + e^2x)
+        cap = soft_cap * LOG2_E
+        scores = cap - 2.0 * cap / (1.0 + tl.exp2(scores * (2.0 * factor / soft_cap)))
+    if slopes is not None:
+        if soft_cap is None:
+            scores *= factor
+        distance = positions_n[None, :] - positions[:, None]
+        scores += (slopes * LOG2_E)[:, None] * distance.to(tl.float32)
+    if soft_cap is not None or slopes is not None:
+        factor = 1.0
+    seen = scores
+    if MASKED:
+        mask = positions_n[None, :] <= positions[:, None]
+        if window is not None:
+            mask &= positions_n[None, :] > positions[:, None] - window
+        seen = tl.where(mask, scores, -1e30)
+    new_max = tl.maximum(row_max, tl.max(seen, 1) * factor)
+    p = tl.exp2(scores * factor - new_max[:, None])
+    if MASKED:  # a hidden score may be NaN, or its weight infinite
+        p = tl.where(mask, p, 0.0)
+    decay = tl.exp2(row_max - new_max)
+    return p, decay, new_max, row_sum * decay + tl.sum(p, 1)
 
 
 @triton.jit(do_not_specialize=["window", "first_row", "num_rows", "table_stride"])
@@ -159,27 +181,35 @@ def prefill_kernel(
     table_ptr = block_tables_ptr + tl.load(rows_ptr + row).to(tl.int64) * table_stride
     row_max = tl.full((BLOCK_M,), -1e30, tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    p = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    decay = tl.zeros((BLOCK_M,), tl.float32)
     if POLICY == 0:
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     else:
         acc = tl.zeros((BLOCK_D, BLOCK_M), tl.float32)
     if window is not None:
-        acc, row_max, row_sum = _attend(
-            q, acc, row_max, row_sum, positions, slopes, start, edge,
+        acc, p, decay, row_max, row_sum = _attend(
+            q, acc, p, decay, row_max, row_sum, positions, slopes, start, start, edge,
             k_ptr, v_ptr, params_ptr, table_ptr, head, scale, window, soft_cap,
             HKV, D, F, BLOCK_SIZE, BLOCK_D, BLOCK_N, POLICY, EXACT, True,
         )  # fmt: skip
-    acc, row_max, row_sum = _attend(
-        q, acc, row_max, row_sum, positions, slopes, edge, diagonal,
+    acc, p, decay, row_max, row_sum = _attend(
+        q, acc, p, decay, row_max, row_sum, positions, slopes, start, edge, diagonal,
         k_ptr, v_ptr, params_ptr, table_ptr, head, scale, window, soft_cap,
         HKV, D, F, BLOCK_SIZE, BLOCK_D, BLOCK_N, POLICY, EXACT, False,
     )  # fmt: skip
-    acc, row_max, row_sum = _attend(
-        q, acc, row_max, row_sum, positions, slopes, diagonal, end,
+    acc, p, decay, row_max, row_sum = _attend(
+        q, acc, p, decay, row_max, row_sum, positions, slopes, start, diagonal, end,
         k_ptr, v_ptr, params_ptr, table_ptr, head, scale, window, soft_cap,
         HKV, D, F, BLOCK_SIZE, BLOCK_D, BLOCK_N, POLICY, EXACT, True,
     )  # fmt: skip
-    if POLICY != 0:
+    if POLICY == 0:
+        v = load_plain_tile(
+            v_ptr, table_ptr, head, (end - 1) // BLOCK_N * BLOCK_N, end,
+            HKV, D, BLOCK_SIZE, BLOCK_D, BLOCK_N, True,
+        )  # fmt: skip
+        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    else:
         acc = tl.trans(acc)
     out = acc * (1.0 / row_sum)[:, None]
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)

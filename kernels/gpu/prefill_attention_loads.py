@@ -3,8 +3,8 @@
 Quantised ones become float16 (float32 where EXACT), c * scale + z of kernels/gpu/kv_unpack.py:
 unlike in decode there are as many scores as elements of a tile, and two elements take one
 instruction. Values come as [BLOCK_D, BLOCK_N], because the lanes of a matrix unit take them so from
-their words: as the first operand of V^T P^T they never pass through shared memory. Plain values
-stay [BLOCK_N, BLOCK_D], and are the second operand of P V where they were copied to.
+their words: as the first operand of V^T P^T they never pass through shared memory. Plain keys and
+values stay [BLOCK_N, BLOCK_D], operands where they were copied to.
 """
 
 import triton
@@ -16,28 +16,21 @@ from kernels.gpu.kv_unpack import unpack_k, unpack_vt
 
 @triton.jit
 def load_plain_tile(
-    k_ptr, v_ptr, table_ptr, head, key, end,
+    cache_ptr, table_ptr, head, key, end,
     HKV: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values [BLOCK_N, BLOCK_D] of positions from `key`; MASKED: values from `end` are 0.
-
-    v_ptr is at the first value head.
-    """
+    """Keys or values [BLOCK_N, BLOCK_D] of positions from `key`; MASKED: those from `end` are 0."""
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     block = tl.load(table_ptr + key // BLOCK_SIZE).to(tl.int64)
     slot = (block * (2 * HKV) + head) * BLOCK_SIZE + key % BLOCK_SIZE
-    offsets = offs_n[:, None] * D + offs_d[None, :]
+    pointers = cache_ptr + slot * D + (offs_n[:, None] * D + offs_d[None, :])
     present = (offs_d < D)[None, :]
-    k = _load(k_ptr + slot * D + offsets, present, BLOCK_D != D)
     if MASKED:
         present &= (key + offs_n < end)[:, None]
-    v = _load(v_ptr + slot * D + offsets, present, MASKED or BLOCK_D != D)
-    if INTERPRET:
-        k = k.to(tl.float32)
-        v = v.to(tl.float32)
-    return k, v
+    values = _load(pointers, present, MASKED or BLOCK_D != D)
+    return values.to(tl.float32) if INTERPRET else values
 
 
 @triton.jit

@@ -89,7 +89,7 @@ def _scan_kernel(
     tl.store(winners_ptr + place, tl.minimum(first + winner, VOCAB - 1))  # NaN may point beyond
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _finish_kernel(
     logits_ptr,  # [S, VOCAB]
     rows_ptr,  # int32 [S]
@@ -103,9 +103,9 @@ def _finish_kernel(
     values_ptr,  # float32 [S, CAPACITY] scratch
     ids_ptr,  # int32 [S, CAPACITY] scratch
     token_pool_ptr,  # int32 [max_num_seqs]
-    tokens_ptr,  # int32 [S]
-    valid_ptr,  # int32 [S]
+    out_ptr,  # int32 [2, num_rows] token ids, then 1 where they are usable
     stride_logits,
+    num_rows,
     VOCAB: tl.constexpr,
     LIMITS: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
@@ -158,8 +158,8 @@ def _finish_kernel(
         count = tl.load(count_ptr)
         tl.store(count_ptr, tl.where((count & 0x7FFF) < 0x7FFF, count + 1, count))
     tl.store(token_pool_ptr + row, token_id)
-    tl.store(tokens_ptr + index, token_id)
-    tl.store(valid_ptr + index, valid.to(tl.int32))
+    tl.store(out_ptr + index, token_id)
+    tl.store(out_ptr + num_rows + index, valid.to(tl.int32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +208,7 @@ def sample(
     assert logits.stride(1) == 1, logits.stride()
     assert len(logits) >= num_rows, logits.shape
     assert out.shape == (2, num_rows), out.shape
+    assert out.is_contiguous()
     assert rows.dtype == token_pool.dtype == table.dtype == out.dtype == torch.int32
     num_blocks = triton.cdiv(vocab_size, BLOCK)
     maxima, scores, weights = scratch.per_block
@@ -225,9 +226,9 @@ def sample(
         scratch.values,
         scratch.ids,
         token_pool,
-        out[0],
-        out[1],
+        out,
         logits.stride(0),
+        num_rows,
         **finish_constants,
         num_warps=16 if limits else 1,
     )
@@ -272,7 +273,7 @@ def compile_cases() -> list[CompileCase]:
             )
             # Who counts has penalties, hence logits edited in float32.
             for counts in (None, torch.int16) if dtype == torch.float32 else (None,):
-                ends = (floats, integers, integers, integers, integers, vocab_size)
+                ends = (floats, integers, integers, integers, vocab_size, 5)
                 cases.append(
                     CompileCase(
                         f"sampling_finish_{name}{'_counts' if counts else ''}",

@@ -4,15 +4,18 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
 from kernels.gpu.chip import HOPPER, Chip, chip_of
 from kernels.gpu.compile import CompileCase
 from kernels.gpu.dependent_launch import dependent_launch, launch_options
+from kernels.gpu.w4a16_dequantise import dequantise, dequantise_case
 from kernels.gpu.w4a16_kernel import w4a16_kernel
 from kernels.gpu.w4a16_pack import TILE, W4A16Weight
 from kernels.gpu.w4a16_tiles import (
+    CUBLAS,
     Tile,
     bucket_of,
     candidates,
@@ -38,9 +41,11 @@ PREFETCH_LINES = 128
 def w4a16_linear(
     x: Tensor, weight: W4A16Weight, bias: Tensor | None, partial: bool = False
 ) -> Tensor | Partials:
-    """x [M, K] -> [M, N]; up to MAX_KERNEL_ROWS rows. `partial`: Partials will do as well."""
+    """x [M, K] -> [M, N]. `partial`: Partials will do as well."""
     m, n = len(x), weight.shape[0]
     tile = _tile("w4a16", x, weight)
+    if tile == CUBLAS:
+        return F.linear(x, dequantise(weight), bias)
     assert tile.splits is not None
     if tile.splits == 1:
         out = x.new_empty(m, n)
@@ -55,6 +60,8 @@ def w4a16_linear(
 def is_gated_best(x: Tensor, weight: W4A16Weight) -> bool:
     """Whether the gated form can compute the product, and fills the GPU without cutting K."""
     tile, n = _tile("w4a16_gated", x, weight), weight.shape[0]
+    if tile == CUBLAS:
+        return False
     programs = triton.cdiv(bucket_of(len(x)), tile.block_m) * triton.cdiv(n, tile.block_n)
     return bool(n % (2 * TILE) == 0 and 4 * programs >= 3 * chip_of(x.device).num_sms)
 
@@ -67,8 +74,8 @@ def w4a16_silu_mul(x: Tensor, weight: W4A16Weight, bias: Tensor | None) -> Tenso
 
 
 def _tile(kernel: str, x: Tensor, weight: W4A16Weight) -> Tile:
-    bucket, chip = bucket_of(len(x)), chip_of(x.device)
-    return choose_tile(kernel, *weight.shape, weight.group_size, x.dtype, bucket, chip)
+    chip = chip_of(x.device)
+    return choose_tile(kernel, *weight.shape, weight.group_size, x.dtype, len(x), chip)
 
 
 def _launch(
@@ -131,6 +138,8 @@ def compile_cases() -> list[CompileCase]:
 def tile_case(kernel: str, key: dict[str, Any], tile: dict[str, Any]) -> CompileCase:
     """Of a tuned tile, for weights with zeros."""
     n, k, group_size = key["n"], key["k"], key["group"]
+    if Tile(**tile) == CUBLAS:
+        return dequantise_case(torch.bfloat16, n, k, group_size, zeros=True)
     gated = kernel == "w4a16_gated"
     return _compile_case("tuned", Tile(**tile), torch.bfloat16, n, k, group_size, gated)
 
@@ -177,7 +186,7 @@ def _compile_case(
     hopper = tile.block_m > 32 or group_size < tile.block_k
     named = [fact for fact, given in facts.items() if given]
     return CompileCase(
-        " ".join(["w4a16", name, shape, ways, of, *named]),
+        " ".join([name, shape, ways, of, *named]),
         w4a16_kernel,
         (
             dtype, torch.int32, dtype, torch.uint8 if zeros else None, dtype if bias else None,

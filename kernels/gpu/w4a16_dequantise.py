@@ -78,13 +78,21 @@ def dequantise(weight: W4A16Weight) -> Tensor:
 
 def compile_cases() -> list[CompileCase]:
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
-    forms = ((bf16, 128, False), (bf16, 128, True), (f16, 64, True), (f32, 128, True))
+    forms = ((bf16, 128, False), (bf16, 128, True), (bf16, 32, True), (f16, 64, True))
     return [
-        CompileCase(
-            f"dequantise {str(dtype).removeprefix('torch.')} g{group_size}" + " zeros" * zeros,
-            _dequantise_kernel,
-            (torch.int32, dtype, torch.uint8 if zeros else None, dtype, 4096, 4096),
-            group_constants(4096, group_size, BLOCK_K) | {"BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K},
-        )
-        for dtype, group_size, zeros in forms
+        dequantise_case(dtype, 4096, 4096, group_size, zeros)
+        for dtype, group_size, zeros in (*forms, (f32, 128, True))
     ]
+
+
+def dequantise_case(
+    dtype: torch.dtype, n: int, k: int, group_size: int, zeros: bool
+) -> CompileCase:
+    block_k = choose_block_k(BLOCK_K, k, group_size)
+    name = f"{str(dtype).removeprefix('torch.')} {n}x{k} g{group_size}"
+    return CompileCase(
+        name + " zeros" * zeros,
+        _dequantise_kernel,
+        (torch.int32, dtype, torch.uint8 if zeros else None, dtype, n, k),
+        group_constants(k, group_size, block_k) | {"BLOCK_N": BLOCK_N, "BLOCK_K": block_k},
+    )

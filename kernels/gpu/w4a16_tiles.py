@@ -14,7 +14,8 @@ import torch
 from kernels.gpu import tiles
 from kernels.gpu.chip import HOPPER, Chip
 
-# More rows are multiplied by cuBLAS, after the weight is dequantised for them.
+# More rows are multiplied by cuBLAS, after the weight is dequantised for them: one reading of the
+# weight in 4 bits and a writing in 16, against unpacking it once per tile of rows.
 MAX_KERNEL_ROWS = 768
 BUCKETS = (4, 16, 32, 64, 128, 256, MAX_KERNEL_ROWS)  # of rows; one tile each
 MAX_SPLITS = 8
@@ -66,6 +67,10 @@ AMPERE = DEFAULTS | {
 EXACT = Tile(16, 64, 32, 4, 2, "before")
 
 
+# No tile: cuBLAS. A tuned tile of a smaller bucket may say so, too.
+CUBLAS = Tile(0, 0, 0, 0, 0, "before")
+
+
 # What tuning tries: by the most rows, block_m, block_n, block_k, warps, stages, scale.
 CANDIDATES: dict[int, tuple[tuple[int, int, int, int, int, Scale], ...]] = {
     16: (
@@ -109,14 +114,17 @@ CANDIDATES: dict[int, tuple[tuple[int, int, int, int, int, Scale], ...]] = {
 
 
 def bucket_of(rows: int) -> int:
-    return next(bucket for bucket in BUCKETS if rows <= bucket)
+    """MAX_KERNEL_ROWS at most."""
+    return next((bucket for bucket in BUCKETS if rows <= bucket), MAX_KERNEL_ROWS)
 
 
 def choose_tile(
-    kernel: str, n: int, k: int, group_size: int, dtype: torch.dtype, bucket: int, chip: Chip
+    kernel: str, n: int, k: int, group_size: int, dtype: torch.dtype, rows: int, chip: Chip
 ) -> Tile:
-    """The tile of "w4a16" or "w4a16_gated", with its number of splits."""
-    tuned = None
+    """The tile of "w4a16" or "w4a16_gated", with its number of splits, or CUBLAS."""
+    if rows > MAX_KERNEL_ROWS:
+        return CUBLAS
+    tuned, bucket = None, bucket_of(rows)
     if dtype != torch.float32:
         tuned = tiles.lookup(kernel, n=n, k=k, group=group_size, m=bucket)
     if tuned is None:
@@ -135,6 +143,8 @@ def default_tile(
 @cache
 def fit(tile: Tile, kernel: str, n: int, k: int, group_size: int, bucket: int, chip: Chip) -> Tile:
     """The tile, cut where this product asks for it, with a number of splits."""
+    if tile.block_m == 0:
+        return CUBLAS
     gated = kernel == "w4a16_gated"
     # Several groups in a step are told apart where the weights are, not in their product.
     block_k = choose_block_k(tile.block_k, k, group_size)
@@ -180,4 +190,6 @@ def candidates(kernel: str, *, n: int, k: int, group: int, m: int) -> list[dict[
         wanted = programs * HOPPER.num_sms // (-(-m // shape[0]) * -(-n // shape[1]))
         tile = replace(Tile(*shape), splits=max(1, wanted))
         found[fit(tile, kernel, n, k, group, m, HOPPER)] = None
+    if m > 32:
+        found[CUBLAS] = None
     return [asdict(tile) for tile in found]

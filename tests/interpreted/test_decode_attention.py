@@ -10,7 +10,7 @@ from kernels.attention import paged_attention
 from kernels.gpu import decode_attention as module
 from kernels.gpu import tiles
 from kernels.gpu.decode_attention import candidates, decode_attention
-from kernels.gpu.decode_attention_tiles import num_splits
+from kernels.gpu.decode_attention_tiles import Tile, num_splits
 from kernels.kv_layout import QuantizedKV
 from tests.interpreted.attention_reference import (
     Shape,
@@ -59,8 +59,9 @@ def random_queries(shape: Shape, num_seqs: int) -> Tensor:
     return torch.randn(size, generator=generator).to(shape.dtype)[:, : shape.num_heads]
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize(
+    ("head_dim", "splits"), [(64, 1), (64, 3), (80, 3), (96, 1), (128, 2), (256, 3)]
+)
 @pytest.mark.parametrize("policy", [0, 4, 8, 16])
 def test_caches_and_head_sizes(
     policy: int, head_dim: int, splits: int, monkeypatch: pytest.MonkeyPatch
@@ -166,21 +167,27 @@ def test_padding_alone_gives_zeros() -> None:
 
 
 @pytest.mark.parametrize("window", [None, 20])
-def test_paged_attention_takes_a_gpu_step(window: int | None) -> None:
+def test_paged_attention_takes_decode_rows_and_chunks(window: int | None) -> None:
     shape = Shape(4, 2, 64, 16, 8)
-    step = random_step([40, 5], [1, 1], 16)
-    cache, q = random_cache(shape, step), random_queries(shape, 2)
+    step = random_step([40, 5, 30], [1, 1, 7], 16)
+    cache, q = random_cache(shape, step), random_queries(shape, 9).contiguous()
     out = paged_attention(q, cache, step, 0.125, window)
     expected = attention_reference(q, cache, step, scale=0.125, window=window)
     assert torch.allclose(out.double(), expected, atol=1e-5)
 
 
 def test_splits_fill_the_gpu_and_no_more() -> None:
-    assert num_splits(programs=8, num_tiles=1000, num_sms=132, programs_per_sm=3) == 49
-    assert num_splits(programs=8, num_tiles=20, num_sms=132, programs_per_sm=3) == 20
-    assert num_splits(programs=1, num_tiles=1000, num_sms=132, programs_per_sm=3) == 64
-    assert num_splits(programs=128, num_tiles=1000, num_sms=132, programs_per_sm=3) == 3
-    assert num_splits(programs=512, num_tiles=1000, num_sms=132, programs_per_sm=3) == 1
+    tile = Tile(tokens=64, rows=16, num_warps=4, num_stages=3, programs_per_sm=3)
+    assert num_splits(programs=8, max_keys=8192, num_sms=132, tile=tile) == 49
+    assert num_splits(programs=8, max_keys=1000, num_sms=132, tile=tile) == 16
+    assert num_splits(programs=1, max_keys=8192, num_sms=132, tile=tile) == 64
+    assert num_splits(programs=128, max_keys=8192, num_sms=132, tile=tile) == 3
+    assert num_splits(programs=512, max_keys=8192, num_sms=132, tile=tile) == 1
+
+
+def test_a_long_sequence_is_split_among_many_short_ones() -> None:
+    tile = Tile(tokens=64, rows=16, num_warps=4, num_stages=3, programs_per_sm=3)
+    assert num_splits(programs=512, max_keys=32768, num_sms=132, tile=tile) == 4
 
 
 @pytest.mark.parametrize("kv", ["bf16", "int8"])

@@ -124,6 +124,22 @@ def test_a_step_without_rows_admits_all_the_same() -> None:
     assert sampler(logits, [1]).token_ids.tolist() == sample_rows(logits, SamplingParams(), [9])
 
 
+def test_warming_up_leaves_no_trace() -> None:
+    logits, pool = torch.randn(2, 20), torch.zeros(2, dtype=torch.int32)
+    new = [
+        new_row(row, SamplingParams(presence_penalty=2.0, top_p=0.7), seed=row) for row in (0, 1)
+    ]
+    results = []
+    for warm in (False, True):
+        sampler = GpuSampler(20, 2, SESSION_LEN, "cpu")
+        if warm:
+            sampler.warm_up(logits, pool)
+        batches = [SamplingBatch(rows, np.arange(2, dtype=np.int32)) for rows in (new, [], [])]
+        steps = [sampler.launch(logits, batch, pool).get() for batch in batches]
+        results.append([step.token_ids.tolist() for step in steps])
+    assert results[0] == results[1]
+
+
 def test_steps_of_the_same_rows_upload_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = Sampling(20, 3)
     params = SamplingParams(min_tokens=3, presence_penalty=1.0, logit_bias={3: 1.0})

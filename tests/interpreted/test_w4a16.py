@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
-from kernels.gpu import w4a16, w4a16_tiles
+from kernels.gpu import tiles, w4a16, w4a16_tiles
 from kernels.gpu.chip import Chip
 from kernels.gpu.w4a16 import is_gated_best, w4a16_linear, w4a16_silu_mul
 from kernels.gpu.w4a16_dequantise import dequantise
@@ -157,7 +158,21 @@ def test_more_rows_than_the_kernel_takes() -> None:
     expected = x.double() @ exact.t() + bias.double()
     check(summed(int4_linear(x, weight, bias, partial=True)), expected)
     gate, up = expected.chunk(2, dim=1)
-    check(int4_silu_mul(x, weight, bias), torch.nn.functional.silu(gate) * up)
+    check(int4_silu_mul(x, weight, bias), silu(gate) * up)
+
+
+def test_a_tuned_tile_may_leave_the_product_to_cublas() -> None:
+    weight, exact = packed(128, 128, 64, torch.float16)
+    x = normal(40, 128, seed=8, dtype=torch.float16) / 20
+    bias = normal(128, seed=9, dtype=torch.float16)
+    expected = x.double() @ exact.t() + bias.double()
+    gate, up = expected.chunk(2, dim=1)
+    for kernel in ("w4a16", "w4a16_gated"):
+        tile = w4a16.candidates(kernel, n=128, k=128, group=64, m=64)[-1]
+        assert tile["block_m"] == 0
+        with tiles.trial(kernel, tile):
+            check(summed(int4_linear(x, weight, bias)), expected)
+            check(int4_silu_mul(x, weight, bias), silu(gate) * up, factor=3)
 
 
 def test_order_of_inputs() -> None:
@@ -178,7 +193,7 @@ def test_gated(
     weight, exact = packed(2 * half, 256, 128, dtype)
     x, bias = normal(m, 256, seed=11, dtype=dtype) / 50, normal(2 * half, seed=12, dtype=dtype)
     gate, up = (x.double() @ exact.t() + bias.double()).chunk(2, dim=1)
-    expected = torch.nn.functional.silu(gate) * up
+    expected = silu(gate) * up
     check(w4a16_silu_mul(x, weight, bias), expected, factor=3)
     assert not is_gated_best(x, weight)  # so few outputs: K is cut instead
     check(int4_silu_mul(x, weight, bias), expected, factor=3)
@@ -193,7 +208,7 @@ def test_gated_halves_that_are_no_whole_tiles(monkeypatch: pytest.MonkeyPatch) -
     x = normal(3, 128, seed=13) / 50
     assert not is_gated_best(x, weight)
     gate, up = (x.double() @ exact.t()).chunk(2, dim=1)
-    check(int4_silu_mul(x, weight, None), torch.nn.functional.silu(gate) * up)
+    check(int4_silu_mul(x, weight, None), silu(gate) * up)
 
 
 def test_results_repeat() -> None:
