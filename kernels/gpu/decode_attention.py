@@ -97,6 +97,7 @@ def _form(q: Tensor, cache: LayerCache) -> Form:
     _, num_heads, head_dim = q.shape
     if isinstance(cache, QuantizedKV):
         assert cache.head_dim == head_dim
+        assert head_dim % 16 == 0
         heads, block_size, policy = cache.num_kv_heads, cache.block_size, cache.policy
     else:
         assert cache.shape[3] == head_dim

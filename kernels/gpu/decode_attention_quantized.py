@@ -8,6 +8,9 @@ largest element, which is exact. The v scale goes into the exponent: p~ = 2^(s +
 with m the row's running maximum of s + log2(v_scale), less 15: the largest product is 2^15 and one
 2^39 times smaller is the first to vanish. Sums of p = p~ / v_scale and of p * v_zero stay in
 float32 per token lane until the end, so that the loop reduces nothing but the maximum.
+
+Slots behind the context may hold anything, NaN in `params` too, but for bytes that are NaN as fp8:
+the quantiser writes none, and caches begin as zeros.
 """
 
 import triton
