@@ -81,6 +81,9 @@ class RandomCheckpoint:
 @contextmanager
 def random_engine(shape: LlamaShape, int4: bool, **settings: Any) -> Iterator[Engine]:
     """On the GPU (the interpreter's stand-in for it), without a cache of prefixes."""
+    gc.collect()  # an engine before this one: the cache takes a share of what is free
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(model_config(shape, int4)))
         with patch("engine.models.loader.Checkpoint", RandomCheckpoint):
@@ -89,10 +92,6 @@ def random_engine(shape: LlamaShape, int4: bool, **settings: Any) -> Iterator[En
         yield engine
     finally:
         engine.close()
-        del engine
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def open_engine(checkpoint: Path, **settings: Any) -> Engine:
