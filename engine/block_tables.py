@@ -1,4 +1,4 @@
-"""BlockTables: a worker's copy of the running sequences' block tables, on the host.
+"""Block tables of the running sequences: what changes in them, and a worker's copy on the host.
 
 Every batch names the entries that changed since the one before, so that a worker must be given
 all of them in order. What positions and slots the batch's tokens have follows from the tables.
@@ -9,6 +9,24 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.batch import Batch, Int32Array, table_width
+from engine.sequence import Sequence
+
+
+class TableChanges:
+    """What no step has told the workers yet."""
+
+    def __init__(self, session_len: int, block_size: int) -> None:
+        self._width = table_width(session_len, block_size)
+        self._changes: dict[int, int] = {}  # by entry of all tables as one array, each once
+
+    def note(self, seq: Sequence, start: int) -> None:
+        """The block table of `seq` is new from index `start` on."""
+        first = seq.row * self._width
+        self._changes.update(enumerate(seq.block_table[start:], first + start))
+
+    def take_changes(self) -> dict[int, int]:
+        changes, self._changes = self._changes, {}
+        return changes
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,9 @@ same subtraction (`num_uncomputed_tokens`). Sole owner of every Sequence; knows 
 
 `schedule` may run again before `update` of the previous step: sampled tokens whose values are
 not known here yet are counted as `num_pending_tokens`. A sequence that turns out to have ended
-was computed once more then, for nothing; its blocks and its row may be given away at once all the
-same, because workers compute the steps in order. With `num_stages` > 1 as many steps are in
-flight, and only a step's last stage knows what it sampled. A sequence then waits for its token,
-and each step takes its share of the running sequences, so that those in flight are about equal.
+was computed once too often then. Its blocks and row may be given away at once all the same: workers
+compute the steps in order. With `num_stages` > 1 as many steps are in flight, and a sequence waits
+for its token; each step takes its share of the running ones, so that those in flight are equal.
 """
 
 import secrets
@@ -18,8 +17,8 @@ import time
 from collections import deque
 from itertools import chain
 
-from engine.batch import table_width
 from engine.block_manager import BlockManager
+from engine.block_tables import TableChanges
 from engine.errors import InvalidRequestError
 from engine.outputs import EngineStats, SequenceOutput, StepResult
 from engine.prefix import short
@@ -49,8 +48,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._sequences: dict[str, Sequence] = {}
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
-        self._table_width = table_width(session_len, block_manager.block_size)
-        self._table_changes: dict[int, int] = {}  # that no step has carried to the workers yet
+        self._tables = TableChanges(session_len, block_manager.block_size)
         self._seed = secrets.randbits(63) if seed is None else seed
         self._num_requests = 0
         self._counters = dict.fromkeys(_COUNTERS, 0)
@@ -231,7 +229,7 @@ class Scheduler:
         seq.status = Status.RUNNING
         self.running.append(seq)
         self.block_manager.take_prefix(seq, block_ids)
-        self._note_change(seq, 0)
+        self._tables.note(seq, 0)
         seq.num_computed_tokens = len(block_ids) * self.block_manager.block_size
         self._counters["prefix_cache_queries"] += seq.num_tokens
         self._counters["prefix_cache_hits"] += seq.num_computed_tokens
@@ -245,12 +243,7 @@ class Scheduler:
         if num_blocks > 0:
             start = len(seq.block_table)
             self.block_manager.extend(seq, num_blocks)
-            self._note_change(seq, start)
-
-    def _note_change(self, seq: Sequence, start: int) -> None:
-        """The block table of `seq` is new from index `start` on."""
-        first = seq.row * self._table_width
-        self._table_changes.update(enumerate(seq.block_table[start:], first + start))
+            self._tables.note(seq, start)
 
     def _launch(self, batch: ScheduledBatch) -> None:
         """Order the rows, and count the step's work as done: it is computed before the next."""
@@ -264,7 +257,7 @@ class Scheduler:
             if seq.num_computed_tokens == seq.num_tokens:
                 seq.num_pending_tokens += 1
                 batch.sampled.append(row)
-        batch.table_changes, self._table_changes = self._table_changes, {}
+        batch.table_changes = self._tables.take_changes()
         self._counters["num_steps"] += 1
         self._counters["num_batched_tokens"] += batch.num_tokens
 
