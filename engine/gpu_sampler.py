@@ -25,10 +25,10 @@ from engine.host_copies import Download, upload
 from engine.sampling_params import SamplingParams
 from kernels.gpu.logit_edits import IN_PROMPT, LogitEdits, edit_logits
 from kernels.gpu.logprobs import token_logprobs
-from kernels.gpu.sampling import Scratch, sample
+from kernels.gpu.sampling import CAPACITY, Scratch, sample
 from kernels.gpu.sampling_table import RECORD, TAIL_TOKENS, WORDS, allocate_table
 
-__all__ = ["GpuSampler", "PendingLogprobs", "PendingTokens", "launch_logprobs"]
+__all__ = ["GpuSampler", "PendingLogprobs", "PendingTokens", "launch_logprobs", "peak_bytes"]
 
 Int32Array = NDArray[np.int32]
 
@@ -63,6 +63,11 @@ class _Plan:
     scored_on_device: Tensor | None  # int32 [A]
     scored: list[int]  # [A]
     num_top: list[int]  # [A]
+
+
+def peak_bytes(vocab_size: int, max_num_seqs: int) -> int:
+    """Device memory of a sampler when all rows have edits: gathered tokens, counts, logits."""
+    return max_num_seqs * (8 * CAPACITY + 2 * vocab_size + 4 * vocab_size)
 
 
 class GpuSampler:

@@ -72,7 +72,12 @@ class GpuSteps:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, indices: Tensor) -> Tensor | None:
-        """[n, V] of these tokens of the last stage's [T, H]; None on other ranks than its first."""
+        """[n, V] of these tokens of the last stage's [T, H]; None on other ranks than its first.
+
+        No tokens need no product and no gather, and have their empty logits everywhere.
+        """
+        if len(indices) == 0:
+            return hidden.new_empty((0, self._model.spec.vocab_size))
         return self._model.decoder.logits(hidden.index_select(0, indices))
 
     def logit_indices(self, batch: Batch) -> Tensor:

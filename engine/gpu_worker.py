@@ -13,7 +13,13 @@ from engine.batch import Batch, Sampling
 from engine.config import EngineConfig
 from engine.executor import EngineInfo
 from engine.gpu_memory import free_for_cache
-from engine.gpu_sampler import GpuSampler, PendingLogprobs, PendingTokens, launch_logprobs
+from engine.gpu_sampler import (
+    GpuSampler,
+    PendingLogprobs,
+    PendingTokens,
+    launch_logprobs,
+    peak_bytes,
+)
 from engine.gpu_steps import GpuSteps
 from engine.outputs import StepResult
 from engine.parallel import ParallelGroup
@@ -42,7 +48,8 @@ class GpuWorker:
         self, config: EngineConfig, group: ParallelGroup, peers: Peers | None = None
     ) -> None:
         self.model = model = RankModel.load(config, group, "cuda", peers)
-        num_blocks = model.count_blocks(free_for_cache(model))
+        sampler_bytes = peak_bytes(model.spec.vocab_size, config.max_num_seqs)
+        num_blocks = model.count_blocks(free_for_cache(model) - sampler_bytes)
         ahead = config.enable_async_scheduling and group.num_stages == 1
         self.info: EngineInfo = model.info(num_blocks, 2 if ahead else group.num_stages)
         session_len = self.info.session_len

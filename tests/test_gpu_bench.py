@@ -48,9 +48,9 @@ def test_a_wrong_result_fails_the_run(tmp_path: Path) -> None:
     fault = (
         "import sys, torch\n"
         "sys.argv = ['', '--rehearse', 'linear_checks', '--in-process', '--json', sys.argv[1]]\n"
-        "import kernels.int4_linear as module\n"
-        "right = module._w4a16\n"
-        "module._w4a16 = lambda x, *rest: right(torch.cat((x[:-1], 2 * x[-1:])), *rest)\n"
+        "import kernels.gpu.w4a16 as module\n"
+        "right = module.w4a16_linear\n"
+        "module.w4a16_linear = lambda x, *rest: right(torch.cat((x[:-1], 2 * x[-1:])), *rest)\n"
         "from benchmarks.gpu.__main__ import main\n"
         "main()\n"
     )

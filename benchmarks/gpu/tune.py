@@ -28,9 +28,11 @@ from kernels.gpu.compile import CompileCase, compile_case
 from kernels.gpu.decode_attention import decode_attention
 from kernels.gpu.prefill_attention import prefill_attention
 from kernels.int4_linear import int4_linear, int4_silu_mul, pack_int4
+from kernels.norm import add_rms_norm
 from kernels.partials import Partials
 
 GAIN = 1.02
+EPS = 1e-5
 ROW_COUNTS = (1, 16, 32, 64, 128, 256, 768)  # one of each bucket of rows
 
 
@@ -120,6 +122,7 @@ def _problems(bench: Bench) -> Iterator[Problem]:
     plan = bench.plan
     for name, (n, k) in plan.linears.items():
         yield from _linears(bench, name, n, k)
+    yield _chain(bench)
     for policy in POLICIES if plan.on_gpu else (0,):
         yield from _attention(bench, policy)
 
@@ -141,6 +144,27 @@ def _linears(bench: Bench, name: str, n: int, k: int) -> Iterator[Problem]:
                 partial(int4_silu_mul, x, weight, None) for weight in weights
             ]
             yield Problem("w4a16_gated", f"{name} gated M={m}", gated, about_us)
+
+
+def _chain(bench: Bench) -> Problem:
+    """Products and norms that read each other's results, as in a decode step of one sequence."""
+    plan = bench.plan
+    n = k = plan.linears["qkv"][1]
+    q, zeros, scales, _ = random_int4(n, k, GROUP, plan.device, plan.dtype)
+    packed = pack_int4(q, zeros, scales, plan.dtype, "cuda")
+    weights = copies_of(packed, bench.rotation(n * k // 2))
+    x = torch.randn(1, k, device=plan.device, dtype=plan.dtype)
+    norm = torch.ones(n, device=plan.device, dtype=plan.dtype)
+
+    def chain() -> Tensor:
+        hidden, residual = add_rms_norm(x, None, norm, EPS)
+        for weight in weights:
+            parts = int4_linear(hidden, weight, None, partial=True)
+            hidden, residual = add_rms_norm(parts, residual, norm, EPS)
+        return hidden
+
+    about_us = len(weights) * (n * k / 2 / bench.read_rate * 1e6 + 5)
+    return Problem("dependent_launch", "a chain of products and norms", [chain], about_us)
 
 
 def _attention(bench: Bench, policy: int) -> Iterator[Problem]:

@@ -114,6 +114,7 @@ def _tensors(cache: LayerCache) -> tuple[Tensor, ...]:
 def _specialise(form: Form, tile: Tile) -> tuple[Any, dict[str, Any]]:
     """The kernel, its constants and its launch options."""
     assert form.block_size % tile.tokens == 0
+    assert tile.tokens % 16 == 0, "matrix units take 16 keys at a time"
     constants: dict[str, Any] = {
         "HEADS": form.num_kv_heads,
         "G": form.group,

@@ -77,9 +77,12 @@ def default_tile(form: Form) -> Tile:
     # programs' registers and shared memory fit an SM.
     tokens = 32 if form.policy == 0 and form.head_dim > 128 else 64
     if form.dtype == torch.float32:  # products without matrix units; larger tiles spill
-        tokens = 16
+        return Tile(min(form.block_size, 16), rows, 4, 3, programs_per_sm=3)
     tokens = min(form.block_size, tokens)
-    return Tile(tokens, rows, num_warps=4, num_stages=3, programs_per_sm=3)
+    # 16 tokens each: with half of that a tile costs half as much again. More where D is large, for
+    # registers.
+    num_warps = 4 if form.head_dim > 128 else tokens // 16
+    return Tile(tokens, rows, num_warps, 3, programs_per_sm=12 // num_warps)
 
 
 def candidates(kernel: str, **key: Any) -> list[dict[str, Any]]:
@@ -91,13 +94,12 @@ def candidates(kernel: str, **key: Any) -> list[dict[str, Any]]:
     # from registers (3.6 does not).
     rows = [8, 16] if form.policy and form.group <= 8 else [default.rows]
     tried = [
-        Tile(tokens, num_rows, num_warps, num_stages, default.programs_per_sm)
+        Tile(tokens, num_rows, num_warps, num_stages, 12 // num_warps)
         for tokens in ((64, 128) if form.policy else (32, 64, 128))
         for num_rows in rows
-        for num_warps in (4, 8)
+        for num_warps in (2, 4, 8)
         for num_stages in (2, 3, 4)
-        if form.block_size % tokens == 0
-        and (num_warps == 4 or tokens == 128)  # 16 tokens to a warp
+        if form.block_size % tokens == 0 and num_warps in (tokens // 16, tokens // 32)
     ]
     tried = [default, *tried, *(replace(default, programs_per_sm=count) for count in (2, 4, 8))]
     fitting = [tile for tile in tried if tile.num_bytes(form) <= MAX_TILE_BYTES]

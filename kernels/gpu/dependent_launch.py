@@ -16,14 +16,28 @@ import torch
 
 from kernels.gpu import tiles
 from kernels.gpu.chip import chip_of
+from kernels.gpu.compile import CompileCase
 
 
 def dependent_launch(device: torch.device) -> bool:
     """Whether kernels on this device are launched so."""
     tuned = tiles.lookup("dependent_launch")
-    return tuned is not None and bool(tuned["on"]) and chip_of(device).capability >= 90
+    if tuned is None or device.type != "cuda":  # the interpreter knows no such launch
+        return False
+    return bool(tuned["on"]) and chip_of(device).capability >= 90
 
 
 def launch_options(pdl: bool) -> dict[str, Any]:
     """Triton's; a PDL that is off needs none, which the interpreter would not know."""
     return {"launch_pdl": True} if pdl else {}
+
+
+def candidates(kernel: str) -> list[tiles.Tile]:
+    return [{"on": 1}]
+
+
+def tile_case(kernel: str, key: tiles.Key, tile: tiles.Tile) -> CompileCase:
+    """One of those that it changes; the others compile when they are first launched."""
+    from kernels.gpu import norm
+
+    return next(case for case in norm.compile_cases() if case.constants["PDL"])

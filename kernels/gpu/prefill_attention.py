@@ -103,19 +103,19 @@ def default_tile(head_dim: int, policy: int, *, exact: bool, hopper: bool) -> ti
     """What compiles without spilling, as large as that.
 
     128 rows need half the reads of keys and values from L2 that 64 would, which at the matrix
-    units' full rate were beyond it. The block's number is a load before the loads of a tile: five
-    stages keep one tile in flight while another is computed, three none. Exact products are
-    multiply-adds, all of whose operands pass through registers.
+    units' full rate were beyond it. The block's number is a load before the loads of a tile: with
+    five stages a tile has a whole step to arrive, with three only the time in which a plain cache's
+    weights are made. Exact products are multiply-adds, whose operands all pass through registers.
     """
     wide = head_dim > 128
     if exact:
         sizes = (16, 16, 4, 1) if wide or policy else (32, 16, 8, 2)
     elif hopper:
-        sizes = ((64, 16, 8, 5) if policy else (128, 32, 8, 5)) if wide else (128, 64, 8, 5)
+        sizes = ((64, 16, 8, 3) if policy else (128, 32, 8, 3)) if wide else (128, 64, 8, 5)
     elif policy:
         sizes = (64, 16, 8, 5) if wide else (64, 32, 4, 5)
     else:
-        sizes = (64, 32, 8, 5) if wide else (128, 32, 8, 5)
+        sizes = (64, 32, 8, 3) if wide else (128, 32, 8, 5)
     return _as_tile(*sizes)
 
 
