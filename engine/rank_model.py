@@ -24,6 +24,9 @@ from engine.weights.origin import Origin
 from engine.weights.peers import Peers
 from kernels.gpu import interpreted
 
+MIN_CAPABILITY = (8, 0)  # bf16 on the matrix units, asynchronous copies
+MIN_GPU_BLOCK_SIZE = 16  # tokens of the smallest tile, which lies in one block
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankModel:
@@ -42,6 +45,9 @@ class RankModel:
         cls, config: EngineConfig, group: ParallelGroup, device: str, peers: Peers | None
     ) -> "RankModel":
         """`peers` may have the packed weights, or a checkpoint that is not on this node."""
+        if device == "cuda":
+            check_gpu()
+        block_size = block_size_of(config, device)
         directory = config.weights_cache_directory()
         cache = None
         if directory is not None:
@@ -68,7 +74,7 @@ class RankModel:
             device=device,
             spec=spec,
             dtype=dtype,
-            block_size=block_size_of(config, device),
+            block_size=block_size,
             session_limit=limit,
             decoder=decoder,
             mapped_bytes=cache.mapped_bytes if cache is not None and device == "cpu" else 0,
@@ -171,8 +177,14 @@ def _equal(text: str, group: ParallelGroup) -> bool:
 
 
 def block_size_of(config: EngineConfig, device: str) -> int:
-    """Attention tiles on GPUs want 64."""
-    return config.block_size or (16 if device == "cpu" else 64)
+    """Attention tiles on GPUs want 64. ConfigError for less than the smallest of them."""
+    size = config.block_size or (16 if device == "cpu" else 64)
+    if device == "cuda" and size < MIN_GPU_BLOCK_SIZE:
+        raise ConfigError(
+            f"block_size must be at least {MIN_GPU_BLOCK_SIZE} on a GPU, got {size}; leave it out "
+            "for 64"
+        )
+    return size
 
 
 def session_limit(config: EngineConfig, spec: DecoderSpec) -> int:
@@ -194,6 +206,18 @@ def resolve_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available() and not interpreted():
         raise ConfigError("device is 'cuda' but torch sees no GPU; use 'cpu' or 'auto'")
     return device
+
+
+def check_gpu() -> None:
+    """ConfigError for one that the kernels are not made for; in the interpreter there is none."""
+    if interpreted():
+        return
+    capability = torch.cuda.get_device_capability()
+    if capability < MIN_CAPABILITY:
+        raise ConfigError(
+            f"{torch.cuda.get_device_name()} has compute capability {capability[0]}."
+            f"{capability[1]}; GPUs from 8.0 (Ampere) on can be used, or device 'cpu'"
+        )
 
 
 def tensor_device(device: str) -> str:
