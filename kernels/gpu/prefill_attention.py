@@ -77,7 +77,7 @@ def prefill_attention(
     if num_rows == 0:
         return
     group = num_heads // num_kv_heads
-    tile = _tile(q, policy, group, block_size)
+    tile = _tile(q, policy, group, block_size, window)
     if policy and head_dim > 128:  # as a register operand, converted here, it would spill
         q = q if q.dtype == torch.float32 else q.half()
     num_queries = num_tokens - step.num_decodes  # a decode row has one
@@ -90,7 +90,7 @@ def prefill_attention(
     )  # fmt: skip
 
 
-def _tile(q: Tensor, policy: int, group: int, block_size: int) -> tiles.Tile:
+def _tile(q: Tensor, policy: int, group: int, block_size: int, window: int | None) -> tiles.Tile:
     head_dim, exact = q.shape[2], q.dtype == torch.float32
     if not exact:  # which is for tests
         kv = POLICY_NAMES[policy]
@@ -100,26 +100,33 @@ def _tile(q: Tensor, policy: int, group: int, block_size: int) -> tiles.Tile:
         if tuned is not None:
             return tuned
     hopper = not q.is_cuda or torch.cuda.get_device_capability(q.device) >= (9, 0)
-    return default_tile(head_dim, policy, exact=exact, hopper=hopper)
+    return default_tile(head_dim, policy, exact=exact, hopper=hopper, window=window is not None)
 
 
-def default_tile(head_dim: int, policy: int, *, exact: bool, hopper: bool) -> tiles.Tile:
+def default_tile(
+    head_dim: int, policy: int, *, exact: bool, hopper: bool, window: bool = False
+) -> tiles.Tile:
     """What compiles without spilling, as large as that.
 
     128 rows need half the reads of keys and values from L2 that 64 would, which at the matrix
     units' full rate were beyond it. The block's number is a load before the loads of a tile: with
     five stages a tile has a whole step to arrive, with three only the time in which a plain cache's
-    weights are made. Exact products are multiply-adds, whose operands all pass through registers.
+    weights are made. A window takes registers, for a loop more. Exact products are multiply-adds,
+    whose operands all pass through registers.
     """
     wide = head_dim > 128
     if exact:
         sizes = (16, 16, 4, 1) if wide or policy else (32, 16, 8, 2)
+    elif hopper and wide and window:
+        sizes = (32, 32, 8, 3) if policy else (64, 32, 8, 3)
     elif hopper:
         sizes = ((64, 16, 8, 3) if policy else (128, 32, 8, 3)) if wide else (128, 64, 8, 5)
     elif policy:
         sizes = (64, 16, 8, 5) if wide else (64, 32, 4, 5)
+    elif wide:
+        sizes = (32, 32, 4, 3) if window else (64, 32, 8, 3)
     else:
-        sizes = (64, 32, 8, 3) if wide else (128, 32, 8, 5)
+        sizes = (128, 32, 8, 5)
     return _as_tile(*sizes)
 
 
@@ -162,7 +169,8 @@ def _form(
         "BLOCK_M": max(tile["block_m"], triton.next_power_of_2(group)),
         "BLOCK_N": min(tile["block_n"], block_size),
         "POLICY": policy,
-        "EXACT": dtype == torch.float32 or interpreted(),
+        # The interpreter cannot multiply bf16 numbers.
+        "EXACT": dtype == torch.float32 or (policy == 0 and interpreted()),
     }
     return constants, {"num_warps": tile["num_warps"], "num_stages": tile["num_stages"]}
 
@@ -194,6 +202,8 @@ def _cases() -> Iterator[CompileCase]:
     yield _case(80, 4)
     yield _case(128, 0, masks=True)
     yield _case(64, 8, window=4096)
+    for policy, hopper in ((0, True), (8, True), (0, False)):
+        yield _case(256, policy, masks=True, hopper=hopper)
     yield _case(128, 0, block_size=16, group=7)
     yield _case(128, 0, torch.float32)
     yield _case(128, 8, torch.float32)
@@ -212,14 +222,16 @@ def _case(
     masks: bool = False,
 ) -> CompileCase:
     exact = dtype == torch.float32
-    tile = tile or default_tile(head_dim, policy, exact=exact, hopper=hopper)
+    window = 4096 if masks else window
+    tile = tile or default_tile(
+        head_dim, policy, exact=exact, hopper=hopper, window=window is not None
+    )
     constants, options = _form(dtype, policy, 8, group, head_dim, block_size, tile)
     q_dtype = torch.float16 if policy and head_dim > 128 else dtype
     cache = (torch.int32,) * 3 if policy else (dtype, dtype, None)
     kv = POLICY_NAMES[policy]
     name = f"{str(dtype).removeprefix('torch.')} {kv} D{head_dim} G{group} block {block_size}"
     name += f" tile {constants['BLOCK_M']}x{constants['BLOCK_N']} w{options['num_warps']}"
-    window = 4096 if masks else window
     return CompileCase(
         name + " window" * (window is not None) + " cap" * masks,
         prefill_kernel,

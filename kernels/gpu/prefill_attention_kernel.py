@@ -11,6 +11,12 @@ import triton.language as tl
 from kernels.gpu.flags import LOG2_E
 from kernels.gpu.prefill_attention_loads import load_plain_tile, load_quantized_tile
 
+# Scores of hidden keys, and the maximum of a row that has seen none: so much larger that, until one
+# is seen, hidden keys' weights are exp2 of a large negative number as well. Both finite: no
+# difference of two is NaN.
+HIDDEN = tl.constexpr(-1e30)
+_NO_MAX = tl.constexpr(-1e20)
+
 
 @triton.jit
 def _find_tile(query_start_loc_ptr, first_row, num_rows, tile, BLOCK_Q: tl.constexpr):
@@ -94,16 +100,13 @@ def _weights(
         scores += (slopes * LOG2_E)[:, None] * distance.to(tl.float32)
     if soft_cap is not None or slopes is not None:
         factor = 1.0
-    seen = scores
     if MASKED:
         mask = positions_n[None, :] <= positions[:, None]
         if window is not None:
             mask &= positions_n[None, :] > positions[:, None] - window
-        seen = tl.where(mask, scores, -1e30)
-    new_max = tl.maximum(row_max, tl.max(seen, 1) * factor)
+        scores = tl.where(mask, scores, HIDDEN)
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
     p = tl.exp2(scores * factor - new_max[:, None])
-    if MASKED:  # a hidden score may be NaN, or its weight infinite
-        p = tl.where(mask, p, 0.0)
     decay = tl.exp2(row_max - new_max)
     return p, decay, new_max, row_sum * decay + tl.sum(p, 1)
 
@@ -179,7 +182,7 @@ def prefill_kernel(
 
     positions = context_len - query_len + queries
     table_ptr = block_tables_ptr + tl.load(rows_ptr + row).to(tl.int64) * table_stride
-    row_max = tl.full((BLOCK_M,), -1e30, tl.float32)
+    row_max = tl.full((BLOCK_M,), _NO_MAX, tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     p = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     decay = tl.zeros((BLOCK_M,), tl.float32)
@@ -211,5 +214,5 @@ def prefill_kernel(
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     else:
         acc = tl.trans(acc)
-    out = acc * (1.0 / row_sum)[:, None]
+    out = acc * (1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]  # 0: a row past the end
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)

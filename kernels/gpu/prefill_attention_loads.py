@@ -2,9 +2,11 @@
 
 Quantised ones become float16 (float32 where EXACT), c * scale + z of kernels/gpu/kv_unpack.py:
 unlike in decode there are as many scores as elements of a tile, and two elements take one
-instruction. Values come as [BLOCK_D, BLOCK_N], because the lanes of a matrix unit take them so from
-their words: as the first operand of V^T P^T they never pass through shared memory. Plain keys and
-values stay [BLOCK_N, BLOCK_D], operands where they were copied to.
+instruction (scales and zeros in the scores, four per score, made the loop a fifth longer). z has
+one rounding however far from 0 the values lie: scale times a power of two is exact. Values come as
+[BLOCK_D, BLOCK_N], because the lanes of a matrix unit take them so from their words: as the first
+operand of V^T P^T they never pass through shared memory. Plain keys and values stay
+[BLOCK_N, BLOCK_D], operands where they were copied to.
 """
 
 import triton

@@ -13,15 +13,13 @@ from torch import Tensor
 from kernels.gpu import tiles
 from kernels.gpu.prefill_attention import prefill_attention
 from kernels.gpu.step import GpuStep
-from kernels.kv_layout import POLICIES, LayerCache
+from kernels.kv_layout import POLICIES, LayerCache, QuantizedKV
 from tests.interpreted.attention_reference import (
     Shape,
     attention_reference,
     random_cache,
     random_step,
 )
-
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # rows past the end
 
 RAGGED = [(1, 1), (40, 7), (48, 48), (33, 5), (50, 1), (70, 37)]  # keys and queries of sequences
 SM_TILE = {"block_m": 16, "block_n": 16, "num_warps": 4, "num_stages": 1}
@@ -143,6 +141,29 @@ def test_large_scores() -> None:
     q = queries(step, Shape(4, 2, 64, 16))
     expected = attention_reference(q, cache, step, scale=0.125, window=20)
     torch.testing.assert_close(attend(q, cache, step, 20).double(), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("policy", [4, 8])
+def test_keys_far_from_zero(policy: int) -> None:
+    """From -300 to 300, of queries whose features' sum is not small.
+
+    An error of a zero is in all features of a key, and in its score: one of 0.25 gives 10 times
+    the limit, which is what float16 keys leave.
+    """
+    shape = Shape(4, 1, 64, 16, policy, torch.float16)
+    step = make_step([(90, 20)], 16)
+    cache = random_cache(shape, step)
+    assert isinstance(cache, QuantizedKV)
+    params = cache.params.view(torch.float16).view(*cache.params.shape, 2)
+    draw = torch.Generator().manual_seed(2)
+    params[:, 0, :, 0] = (590 + 10 * torch.rand(params[:, 0, :, 0].shape, generator=draw)) / (
+        2**policy - 1
+    )
+    params[:, 0, :, 1] = -300 + torch.rand(params[:, 0, :, 1].shape, generator=draw)
+    q = (0.02 * queries(step, shape) + 0.1).to(shape.dtype)
+    out = attend(q, cache, step)
+    expected = attention_reference(q, cache, step, scale=0.125)
+    assert (out.double() - expected).abs().max() < 4e-3 * expected.abs().max()
 
 
 def test_more_sequences_than_one_look() -> None:
