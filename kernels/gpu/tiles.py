@@ -52,7 +52,7 @@ def lookup(kernel: str, **key: int | str) -> Tile | None:
     gpu = gpu_name()
     if gpu is None:
         return None
-    table = tables(FOLDER / f"{gpu}.json").get(kernel)
+    table = tables(_path(FOLDER, gpu)).get(kernel)
     if not table:
         return None
     names = tuple(sorted(key.items()))
@@ -82,6 +82,11 @@ def gpu_name() -> str | None:
 
 def spelled(device_name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
+
+
+@cache  # every eager launch asks, and to make and hash a path takes longer than the rest
+def _path(folder: Path, gpu: str) -> Path:
+    return folder / f"{gpu}.json"
 
 
 @cache
