@@ -11,7 +11,12 @@ from kernels.kv_layout import POLICY_NAMES, features_per_token, policy_of
 
 MAX_SPLITS = 64
 # A long sequence among many short ones, where each has a program per KV head, would keep the rest
-# of the GPU waiting for the few that it has.
+# of the GPU waiting for the few that it has: with more keys than these they are split once more.
+# Not oftener: a graph's splits are those of session_len, and every row has them. With 16 of them at
+# 131072, 256 rows of 1024 keys, Llama-3-8B, would have one tile per program, and write and read
+# 134 MB of parts beside 1.1 GB of keys and values; with two, 17 MB. What that leaves to a lone
+# sequence of 131072 keys is 34 MB per program: about 0.5 ms per layer at the 65 GB/s that 64 KiB on
+# their way in a microsecond are (reckoned, not measured).
 MAX_SPLIT_KEYS = 8192
 # What a program may have on its way to shared memory, of the 163 KiB of sm_80.
 MAX_TILE_BYTES = 144 * 1024
@@ -119,8 +124,8 @@ def form_of(key: dict[str, Any]) -> Form:
 
 
 def num_splits(programs: int, max_keys: int, num_sms: int, tile: Tile) -> int:
-    """As many as run at once, no more than tiles; but none with more than MAX_SPLIT_KEYS keys."""
+    """As many as run at once, up to twice that for rows of more than MAX_SPLIT_KEYS keys."""
     num_tiles = -(-max_keys // tile.tokens)
-    least = -(-max_keys // MAX_SPLIT_KEYS)
-    wanted = max(least, tile.programs_per_sm * num_sms // programs)
+    filling = max(1, tile.programs_per_sm * num_sms // programs)
+    wanted = max(filling, min(2 * filling, -(-max_keys // MAX_SPLIT_KEYS)))
     return max(1, min(wanted, num_tiles, MAX_SPLITS))

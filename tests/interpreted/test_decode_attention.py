@@ -187,7 +187,14 @@ def test_splits_fill_the_gpu_and_no_more() -> None:
 
 def test_a_long_sequence_is_split_among_many_short_ones() -> None:
     tile = Tile(tokens=64, rows=16, num_warps=4, num_stages=3, programs_per_sm=3)
-    assert num_splits(programs=512, max_keys=32768, num_sms=132, tile=tile) == 4
+    assert num_splits(programs=512, max_keys=8193, num_sms=132, tile=tile) == 2
+
+
+def test_a_long_session_does_not_split_many_short_sequences() -> None:
+    tile = Tile(tokens=64, rows=16, num_warps=4, num_stages=3, programs_per_sm=3)
+    assert num_splits(programs=2048, max_keys=131072, num_sms=132, tile=tile) == 2
+    assert num_splits(programs=128, max_keys=131072, num_sms=132, tile=tile) == 6
+    assert num_splits(programs=8, max_keys=131072, num_sms=132, tile=tile) == 49
 
 
 @pytest.mark.parametrize("kv", ["bf16", "int8"])
