@@ -33,7 +33,8 @@ def launch_options(pdl: bool) -> dict[str, Any]:
 
 
 def candidates(kernel: str) -> list[tiles.Tile]:
-    return [{"on": 1}]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return [{"on": 1}] if chip_of(device).capability >= 90 else []
 
 
 def tile_case(kernel: str, key: tiles.Key, tile: tiles.Tile) -> CompileCase:
