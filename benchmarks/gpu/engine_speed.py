@@ -46,7 +46,7 @@ def measure(bench: Bench, name: str, int4: bool, policy: int) -> None:
         for streams in plan.streams:
             label = f"{name} {streams} streams"
             floor_us = partial(_floor_us, bench, int4, policy, streams)
-            action = partial(_time_decode, bench, engine, label, streams, floor_us, decode)
+            action = partial(time_decode, bench, engine, label, streams, floor_us, decode)
             bench.attempt(label, action)
             bench.save()
 
@@ -70,7 +70,7 @@ def _floor_us(bench: Bench, int4: bool, policy: int, streams: int, context: floa
     return step_floor(bench, int4, policy, streams, context).us
 
 
-def _time_decode(
+def time_decode(
     bench: Bench,
     engine: Engine,
     label: str,

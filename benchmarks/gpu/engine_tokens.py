@@ -79,7 +79,7 @@ def _switches(on_gpu: bool, name: str) -> list[tuple[bool, bool]]:
         return [(False, True)]
     if name == "dense":
         return [(True, True), (False, False)]
-    return list(itertools.product((True, False), repeat=2))
+    return list(itertools.product((True, False), (True, False)))
 
 
 def _num_tokens(bench: Bench) -> int:
@@ -144,7 +144,7 @@ def _check_equal(
 
 def _compare_policy(bench: Bench, label: str, path: Path, prompts: Prompts, policy: int) -> None:
     # Blocks are part of what is stored: the CPU engine takes the GPU's size.
-    settings = {"quant_policy": policy, "block_size": 64}
+    settings: dict[str, Any] = {"quant_policy": policy, "block_size": 64}
     expected = _generate(bench, path, prompts, "cpu", **settings)
     _compare(bench, label, path, prompts, expected, 0.25, **settings)
 
