@@ -26,7 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-POLICIES = (0, 4, 8, 16)
+POLICY_NAMES = {0: "plain", 4: "int4", 8: "int8", 16: "fp8"}
+POLICIES = tuple(POLICY_NAMES)
 RUN = 16  # elements: what head dims and block sizes of quantised caches are multiples of
 FP8_MAX = 448.0
 _LEAST_SCALE = 2.0**-24  # the smallest float16 above 0
@@ -120,6 +121,11 @@ class QuantizedKV:
 
 
 LayerCache = Tensor | QuantizedKV
+
+
+def policy_of(name: str) -> int:
+    """Of one of POLICY_NAMES; any other, such as a data type's, is a plain cache's."""
+    return next((policy for policy, each in POLICY_NAMES.items() if each == name), 0)
 
 
 def heads_of(cache: LayerCache) -> tuple[int, int]:

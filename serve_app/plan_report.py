@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from engine.models import DecoderSpec
+from kernels.kv_layout import POLICY_NAMES
 from serve_app.plan import RANK_BYTES, Plan, TpPlan
 
 GiB, MiB = 1024**3, 1024**2
-KV_FORMS = {0: "", 4: ", KV in 4 bits", 8: ", KV in 8 bits", 16: ", KV in fp8"}  # by quant_policy
 
 
 def to_json(model: str, checkpoint_bytes: int, plan: Plan) -> str:
@@ -39,7 +39,8 @@ def to_text(model: str, spec: DecoderSpec, checkpoint_bytes: int, plan: Plan) ->
             f"{model}: {spec.num_layers} layers, {spec.num_heads} heads on {spec.num_kv_heads}, "
             f"{form}; {_size(checkpoint_bytes)} on disk",
             f"{plan.memory.name}: {_size(plan.memory.num_bytes)}{speed}; context "
-            f"{plan.session_len} tokens, computing in {_dtype(plan)}{KV_FORMS[plan.quant_policy]}"
+            f"{plan.session_len} tokens, computing in {_dtype(plan)}"
+            + (f", KV in {POLICY_NAMES[plan.quant_policy]}" if plan.quant_policy else "")
             + (f", {plan.pp} stages of tp ranks each" if plan.pp > 1 else ""),
             "",
             *_aligned([_header(plan), *(_cells(plan, row) for row in plan.rows)]),

@@ -7,7 +7,7 @@ import torch
 import triton
 
 from kernels.gpu import tiles
-from kernels.kv_layout import features_per_token
+from kernels.kv_layout import POLICY_NAMES, features_per_token, policy_of
 
 MAX_SPLITS = 64
 # A long sequence among many short ones, where each has a program per KV head, would keep the rest
@@ -16,7 +16,6 @@ MAX_SPLIT_KEYS = 8192
 # What a program may have on its way to shared memory, of the 163 KiB of sm_80.
 MAX_TILE_BYTES = 144 * 1024
 
-_POLICIES = {"int4": 4, "int8": 8, "fp8": 16}
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -33,9 +32,10 @@ class Form:
 
     @property
     def kv(self) -> str:
-        names = {policy: name for name, policy in _POLICIES.items()}
-        plain = next(name for name, dtype in _DTYPES.items() if dtype == self.dtype)
-        return names.get(self.policy, plain)
+        """In keys and labels: a plain cache goes by its data type."""
+        if self.policy:
+            return POLICY_NAMES[self.policy]
+        return next(name for name, dtype in _DTYPES.items() if dtype == self.dtype)
 
     @property
     def width(self) -> int:
@@ -113,7 +113,7 @@ def form_of(key: dict[str, Any]) -> Form:
         group=key["group"],
         head_dim=key["head_dim"],
         block_size=key["block_size"],
-        policy=_POLICIES.get(key["kv"], 0),
+        policy=policy_of(key["kv"]),
         dtype=_DTYPES.get(key["kv"], torch.bfloat16),
     )
 

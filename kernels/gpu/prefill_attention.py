@@ -28,9 +28,13 @@ from kernels.gpu import interpreted, tiles
 from kernels.gpu.compile import CompileCase
 from kernels.gpu.prefill_attention_kernel import prefill_kernel
 from kernels.gpu.step import GpuStep
-from kernels.kv_layout import LayerCache, QuantizedKV, features_per_token
-
-KV_POLICIES = {"plain": 0, "int8": 8, "int4": 4, "fp8": 16}
+from kernels.kv_layout import (
+    POLICY_NAMES,
+    LayerCache,
+    QuantizedKV,
+    features_per_token,
+    policy_of,
+)
 
 
 def prefill_attention(
@@ -89,7 +93,7 @@ def prefill_attention(
 def _tile(q: Tensor, policy: int, group: int, block_size: int) -> tiles.Tile:
     head_dim, exact = q.shape[2], q.dtype == torch.float32
     if not exact:  # which is for tests
-        kv = next(name for name, value in KV_POLICIES.items() if value == policy)
+        kv = POLICY_NAMES[policy]
         tuned = tiles.lookup(
             "prefill_attention", head_dim=head_dim, group=group, kv=kv, block_size=block_size
         )
@@ -173,7 +177,7 @@ def tile_case(kernel: str, key: dict[str, int | str], tile: tiles.Tile) -> Compi
     assert kernel == "prefill_attention"
     return _case(
         int(key["head_dim"]),
-        KV_POLICIES[str(key["kv"])],
+        policy_of(str(key["kv"])),
         group=int(key["group"]),
         block_size=int(key["block_size"]),
         tile=tile,
@@ -212,7 +216,7 @@ def _case(
     constants, options = _form(dtype, policy, 8, group, head_dim, block_size, tile)
     q_dtype = torch.float16 if policy and head_dim > 128 else dtype
     cache = (torch.int32,) * 3 if policy else (dtype, dtype, None)
-    kv = next(name for name, value in KV_POLICIES.items() if value == policy)
+    kv = POLICY_NAMES[policy]
     name = f"{str(dtype).removeprefix('torch.')} {kv} D{head_dim} G{group} block {block_size}"
     name += f" tile {constants['BLOCK_M']}x{constants['BLOCK_N']} w{options['num_warps']}"
     window = 4096 if masks else window
