@@ -21,11 +21,11 @@ from benchmarks.gpu.caches import (
     random_cache,
     random_tables,
 )
-from benchmarks.gpu.decode_attention import POLICIES
 from benchmarks.gpu.warm_caches import compile_ahead
 from kernels.gpu.decode_attention import decode_attention
 from kernels.gpu.prefill_attention import prefill_attention
 from kernels.gpu.step import GpuStep
+from kernels.kv_layout import POLICY_NAMES
 
 BLOCK_SIZE = 64
 
@@ -41,7 +41,7 @@ class Form:
     alibi: bool = False
 
     def __str__(self) -> str:
-        name = f"{POLICIES[self.policy]} {str(self.dtype).removeprefix('torch.')}"
+        name = f"{POLICY_NAMES[self.policy]} {str(self.dtype).removeprefix('torch.')}"
         name += f" D{self.head_dim} G{self.group}"
         name += f" window {self.window}" if self.window else ""
         return name + " cap" * (self.soft_cap is not None) + " alibi" * self.alibi
@@ -60,13 +60,13 @@ def _forms(on_gpu: bool) -> Iterator[Form]:
         yield Form(policy=8, head_dim=64, group=2, dtype=torch.float32, window=40)
         return
     options = Form(window=300, soft_cap=20.0, alibi=True)
-    for policy in POLICIES:
+    for policy in POLICY_NAMES:
         yield Form(policy=policy)
         yield replace(options, policy=policy)
         yield Form(policy=policy, group=8, dtype=torch.float16)
-    for head_dim, policy in itertools.product((64, 80, 96, 256), POLICIES):
+    for head_dim, policy in itertools.product((64, 80, 96, 256), POLICY_NAMES):
         yield Form(policy=policy, head_dim=head_dim)
-    for policy in POLICIES:
+    for policy in POLICY_NAMES:
         yield Form(policy=policy, group=1)
     for policy in (0, 8):
         yield Form(policy=policy, dtype=torch.float32)

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from benchmarks.gpu.bench import Bench, poisoned, worst_row_error
 from benchmarks.gpu.caches import held, make_step, on_cpu, random_cache, random_tables
-from benchmarks.gpu.decode_attention import POLICIES
 from benchmarks.gpu.warm_caches import compile_ahead
 from kernels.attention import AttentionMetadata
 from kernels.gpu.step import GpuStep
-from kernels.kv_layout import LayerCache
+from kernels.kv_layout import POLICY_NAMES, LayerCache
 from kernels.partials import Partials
 from kernels.rope import RotaryTable, rope_and_store, signed_sin
 
@@ -40,7 +39,7 @@ class Form:
     decode: bool = False  # a step of few tokens, of which a program takes one each
 
     def __str__(self) -> str:
-        name = f"{POLICIES[self.policy]} {str(self.dtype).removeprefix('torch.')}"
+        name = f"{POLICY_NAMES[self.policy]} {str(self.dtype).removeprefix('torch.')}"
         name += f" D{self.head_dim} R{self.rotary_dim}"
         return (
             name
@@ -63,13 +62,13 @@ def _forms(on_gpu: bool) -> Iterator[Form]:
         yield Form(policy=4, dtype=torch.float32, head_dim=32, rotary_dim=32, splits=2, norm=True)
         yield Form(policy=8, dtype=torch.float32, head_dim=32, rotary_dim=32, decode=True)
         return
-    for policy, dtype in itertools.product(POLICIES, LIMITS):
+    for policy, dtype in itertools.product(POLICY_NAMES, LIMITS):
         yield Form(policy=policy, dtype=dtype)
         yield Form(policy=policy, dtype=dtype, splits=4, norm=True)
         if dtype != torch.float32:
             yield Form(policy=policy, dtype=dtype, decode=True)
             yield Form(policy=policy, dtype=dtype, splits=4, norm=True, decode=True)
-    for policy in POLICIES:
+    for policy in POLICY_NAMES:
         yield Form(policy=policy, head_dim=80, rotary_dim=32)
 
 
