@@ -97,9 +97,12 @@ def _command() -> str:
 def _revision() -> str:
     """The commit, with a plus sign when files differ from it."""
     git = ["git", "-C", str(RESULTS.parent)]
-    commit = subprocess.run(
-        [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
+    try:
+        commit = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        )
+    except OSError:  # no git here
+        return "unknown"
     if commit.returncode != 0:
         return "unknown"
     changes = subprocess.run(

@@ -72,6 +72,13 @@ class DecodeGraphs:
         hidden, logits = outputs
         return hidden[:num_seqs], None if logits is None else logits[:num_seqs]
 
+    def close(self) -> None:
+        """Free what was recorded; none of it may be running."""
+        for graph in self._graphs.values():
+            graph.reset()
+        self._graphs.clear()
+        self._outputs = None
+
 
 def _empty_like(x: Tensor | None) -> Tensor | None:
     return None if x is None else torch.empty_like(x)

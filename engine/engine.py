@@ -5,6 +5,7 @@
 Knows no text, no HTTP, no processes.
 """
 
+import logging
 from collections import deque
 
 from engine.batch import Batch, Sampling
@@ -17,6 +18,8 @@ from engine.scheduled_batch import ScheduledBatch
 from engine.scheduler import Scheduler
 from engine.sequence import EngineRequest
 
+logger = logging.getLogger(__name__)
+
 
 class Engine:
     """One scheduler over one executor."""
@@ -24,6 +27,8 @@ class Engine:
     def __init__(self, config: EngineConfig, executor: Executor) -> None:
         self.executor = executor
         self.info: EngineInfo = executor.info
+        # What became of settings that not every device and group can follow.
+        logger.info("engine in force: %s", self.info)
         self.scheduler = Scheduler(
             BlockManager(self.info.num_blocks, self.info.block_size, config.enable_prefix_caching),
             max_num_seqs=config.max_num_seqs,

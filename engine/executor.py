@@ -26,6 +26,7 @@ class EngineInfo:
     # Steps launched before the first is collected: one per stage, or the one that runs on a GPU
     # and the next. With pp == 1 the second may have input ids that the first samples.
     max_in_flight: int = 1
+    cuda_graphs: bool = False  # whether steps in which every sequence decodes are replayed
 
 
 class PendingStep(Protocol):

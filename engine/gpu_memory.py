@@ -1,9 +1,9 @@
 """How much of a GPU's memory is left for keys and values, measured by computing what takes most.
 
 Steps are computed over a cache of two blocks: prompts of all sizes up to the most tokens a step may
-have, and the most decode rows. What the allocator holds after them is what activations need; graphs
-add their own. This also compiles the kernels, so that no request waits for it. No value of these
-steps means anything.
+have, then decode rows. What the allocator holds after them is what activations need; graphs add
+their own. This also compiles the kernels that steps of these sizes take; a form that only another
+mix of rows and lengths takes is compiled when that comes. No value of these steps means anything.
 """
 
 import gc
@@ -23,32 +23,45 @@ from engine.rank_model import RankModel, free_memory
 def free_for_cache(model: RankModel) -> int:
     """Bytes."""
     if isinstance(model.config.cache_max_entry_count, int) and not torch.cuda.is_available():
-        return 0  # nobody asks, and the interpreter has nothing to compile
+        return free_memory(model.device)  # the interpreter has nothing to compile
+    _release_cached()  # what loading and packing left
     steps = GpuSteps(model, model.allocate_cache(2), model.session_limit)
-    for batch in (*_prompt_steps(model), _decode_step(model)):
+    for batch in (*_prompt_steps(model), *_decode_steps(model)):
         _compute(model, steps, batch)
-    free = free_memory(model.device)
+    free = free_memory(model.device)  # what the allocator has cached by now, steps will need again
     graph_bytes = _graph_bytes(steps, model.config.max_num_seqs)
+    steps.close()
     del steps
-    if torch.cuda.is_available():
-        gc.collect()
-        torch.cuda.empty_cache()
+    _release_cached()
     return free - graph_bytes
 
 
 def _prompt_steps(model: RankModel) -> Iterator[Batch]:
-    """Powers of two tokens, for which products have kernels of their own, then the most."""
+    """The most tokens, then powers of two, for which products have kernels of their own.
+
+    In this order the smaller fit into the memory of the largest.
+    """
     most, limit = model.config.max_num_batched_tokens, model.session_limit
-    for tokens in (*(2**power for power in range(4, 20) if 2**power < most), most):
+    for tokens in (most, *reversed(_powers(16, most))):
         lengths = [limit] * (tokens // limit) + [tokens % limit] * (tokens % limit > 0)
         yield _batch(lengths[: model.config.max_num_seqs], None)
 
 
-def _decode_step(model: RankModel) -> Batch:
-    """The most rows that decode, each at the end of a full session."""
-    config = model.config
-    num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
-    return _batch([1] * num_seqs, model.session_limit)
+def _decode_steps(model: RankModel) -> Iterator[Batch]:
+    """The most rows and fewer, each at the end of a full session; then one of shorter sessions,
+    whose attention has other numbers of parts to merge.
+    """
+    config, limit = model.config, model.session_limit
+    most = min(config.max_num_seqs, config.max_num_batched_tokens)
+    for num_seqs in (most, *reversed(_powers(1, most))):
+        yield _batch([1] * num_seqs, limit)
+    for context_len in _powers(16, limit):
+        yield _batch([1], context_len)
+
+
+def _powers(first: int, end: int) -> list[int]:
+    """first, 2 first, 4 first, … below end."""
+    return list(itertools.takewhile(lambda n: n < end, (first << i for i in itertools.count())))
 
 
 def _batch(num_new: list[int], context_len: int | None) -> Batch:
@@ -77,8 +90,9 @@ def _compute(model: RankModel, steps: GpuSteps, batch: Batch) -> None:
         hidden = torch.zeros(shape, dtype=model.dtype, device=model.tensor_device)
     hidden = steps.forward(batch, hidden)
     if model.group.is_last_stage:
-        rows = max(model.config.max_num_seqs, SCORE_ROWS)
-        model.decoder.logits(hidden[:rows])
+        sampled = model.decoder.logits(hidden[: model.config.max_num_seqs])
+        model.decoder.logits(hidden[:SCORE_ROWS])  # of prompts, scored beside those
+        del sampled
 
 
 def _graph_bytes(steps: GpuSteps, max_num_seqs: int) -> int:
@@ -98,3 +112,9 @@ def _free_without_cached() -> int:
     """Capturing gives back what torch holds unused, so that must not count before it either."""
     torch.cuda.empty_cache()
     return free_memory("cuda")
+
+
+def _release_cached() -> None:
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()

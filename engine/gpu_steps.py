@@ -35,9 +35,7 @@ class GpuSteps:
             buffer_size(tokens, seqs, seqs + tokens, seqs * width),
             model.tensor_device,
         )
-        # Stages hand their hidden states on, so that with several every step runs eagerly.
-        has_graphs = config.enable_cuda_graphs and model.group.num_stages == 1
-        self.graphs = DecodeGraphs(self._decode, bucket_sizes(seqs)) if has_graphs else None
+        self.graphs = DecodeGraphs(self._decode, bucket_sizes(seqs)) if model.has_graphs else None
 
     @property
     def token_pool(self) -> Tensor:
@@ -84,6 +82,18 @@ class GpuSteps:
         """int32 [L] on the device, until the next step is launched."""
         start = HEADER + batch.num_tokens + 3 * batch.num_seqs + 1
         return self._tensors.batch[start : start + len(batch.logit_indices)]
+
+    def close(self) -> None:
+        """Wait for what was launched, then drop the graphs; no call may follow.
+
+        They and this object refer to each other: without this, the KV cache would outlive its
+        last user until Python collects cycles.
+        """
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if self.graphs is not None:
+            self.graphs.close()
+            self.graphs = None
 
     def _upload(self, batch: Batch) -> None:
         buffer = batch.buffer

@@ -79,6 +79,13 @@ class GpuWorker:
         pending = self._draw(batch, hidden, self._steps.logits(hidden, indices), sampling)
         return None if pending is None else pending.get()
 
+    def close(self) -> None:
+        """Free the graphs, then the keys and values; no call may follow."""
+        self._steps.close()
+        del self._steps, self._sampler
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     @torch.inference_mode()
     def _draw(
         self, batch: Batch, hidden: Tensor, logits: Tensor | None, sampling: Sampling | None

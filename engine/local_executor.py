@@ -39,6 +39,7 @@ class LocalExecutor:
 
     def close(self) -> None:
         self._group.broadcast_array(STOP)
+        self._worker.close()
         self._group.leave()
 
 
@@ -46,6 +47,7 @@ def follow(worker: AnyWorker, group: ParallelGroup) -> None:
     """The loop of ranks 1 and up: compute what rank 0 sends until it says stop."""
     while len(buffer := group.broadcast_array(None)) > 0:
         worker.launch(Batch.unpack(buffer), None)
+    worker.close()
     group.leave()
 
 

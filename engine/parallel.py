@@ -59,6 +59,9 @@ class ParallelGroup:
 
         Rank 0 listens there, on `listener` if it has one. EngineDeadError when not all ranks came
         within MEET_S. `num_neighbours` of them share this node; None: all.
+
+        On GPUs every rank takes the first that it sees, so each process must see one of its own:
+        Ray sets CUDA_VISIBLE_DEVICES of each actor; who starts ranks without Ray must do the same.
         """
         world_size = tp * pp
         if world_size == 1:
@@ -105,6 +108,9 @@ class ParallelGroup:
         return cls(rank % tp, tp, rank // tp, pp, num_neighbours, tensors, arrays, all_arrays)
 
     def leave(self) -> None:
+        """No CUDA graph that holds collectives may be left: NCCL waits for its end
+        (pytorch/pytorch#115388), and the worker's `close` comes first.
+        """
         if self.num_ranks > 1 and dist.is_initialized():
             dist.destroy_process_group()
 

@@ -49,6 +49,7 @@ class PipelineExecutor:
     def close(self) -> None:
         self._group.broadcast_array(STOP)
         self._links.send_stop()
+        self._worker.close()
         self._group.leave()
 
 
@@ -66,6 +67,7 @@ def follow_stage(config: EngineConfig, worker: AnyWorker, group: ParallelGroup) 
         if result is not None:
             links.send_result(result)
     links.send_stop()
+    worker.close()
     group.leave()
 
 

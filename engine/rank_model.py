@@ -84,14 +84,20 @@ class RankModel:
     def tensor_device(self) -> str:
         return tensor_device(self.device)
 
+    @property
+    def has_graphs(self) -> bool:
+        """Stages hand their hidden states on, so that with several every step runs eagerly."""
+        on_gpu = self.device == "cuda"
+        return self.config.enable_cuda_graphs and on_gpu and self.group.num_stages == 1
+
     def count_blocks(self, free: int) -> int:
         """KV blocks that all ranks can afford, and no more than max_num_seqs full sessions need.
 
-        `free`: bytes that this rank could allocate now. The ranks of a node share a CPU's.
+        `free`: bytes that this rank could allocate now. The ranks of a node share a CPU's. When it
+        is not enough on one of them, ConfigError on all: none waits for one that has failed.
         """
         config, group = self.config, self.group
-        if isinstance(config.cache_max_entry_count, int):
-            return group.min(config.cache_max_entry_count)
+        wanted = config.cache_max_entry_count
         block_bytes = bytes_per_block(
             self.spec,
             self.block_size,
@@ -101,18 +107,26 @@ class RankModel:
             config.quant_policy,
         )
         free = max(0, free - self.mapped_bytes * group.num_neighbours)
-        budget = int(free * config.cache_max_entry_count)
-        if self.device == "cpu":
-            budget = min(budget, config.max_cpu_cache_bytes) // group.num_neighbours
-        useful = config.max_num_seqs * -(-self.session_limit // self.block_size)
-        num_blocks = min(budget // block_bytes, useful)
-        if num_blocks < 2:
+        if isinstance(wanted, int):
+            least, mend = wanted, "lower"
+            # Pages of a CPU's cache take memory when they are first written.
+            affordable = wanted if self.device == "cpu" else min(wanted, free // block_bytes)
+        else:
+            least, mend = 2, "raise"
+            budget = int(free * wanted)
+            if self.device == "cpu":
+                budget = min(budget, config.max_cpu_cache_bytes) // group.num_neighbours
+            useful = config.max_num_seqs * -(-self.session_limit // self.block_size)
+            affordable = min(budget // block_bytes, max(least, useful))
+        num_blocks = group.min(affordable)
+        if num_blocks < least:
+            where = f"on {self.device}" + ", on another rank less" * (affordable > num_blocks)
             raise ConfigError(
-                f"no room for the KV cache: {free / 2**30:.1f} GiB are free on {self.device}, one "
-                f"block of {self.block_size} tokens takes {block_bytes / 2**20:.1f} MiB; raise "
-                "cache_max_entry_count or use more ranks (tp, pp)"
+                f"no room for the KV cache: {free / 2**30:.1f} GiB are free {where}; a block of "
+                f"{self.block_size} tokens takes {block_bytes / 2**20:.1f} MiB, and {least} are "
+                f"needed; {mend} cache_max_entry_count or use more ranks (tp, pp)"
             )
-        return group.min(num_blocks)
+        return num_blocks
 
     def allocate_cache(self, num_blocks: int) -> KVCache:
         return KVCache.allocate(
@@ -145,6 +159,7 @@ class RankModel:
             tp=self.group.size,
             pp=self.group.num_stages,
             max_in_flight=max_in_flight,
+            cuda_graphs=self.has_graphs,
         )
 
 

@@ -70,6 +70,10 @@ class Worker:
         result = self.finish(batch, self.forward(batch, None), sampling)
         return None if result is None else _Known(result)
 
+    def close(self) -> None:
+        """Free the keys and values; no call may follow."""
+        del self._kv_cache, self._sampler
+
     @torch.inference_mode()
     def forward(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor:
         """This stage's layers: [T, H] of the stage before (None: this is the first) -> [T, H]."""

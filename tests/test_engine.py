@@ -1,6 +1,7 @@
 """The whole engine on a real model: whatever the schedule, the tokens of transformers.generate."""
 
 import random
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -10,8 +11,10 @@ from hypothesis import strategies as st
 
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.errors import ConfigError
 from engine.local_executor import LocalExecutor
 from engine.outputs import SequenceOutput
+from engine.parallel import ParallelGroup
 from engine.sampling_params import SamplingParams
 from engine.sequence import EngineRequest
 from tests.tiny_models import TinyModel, tiny_model
@@ -195,3 +198,40 @@ def test_session_len_is_bounded_by_config_and_cache() -> None:
     assert shared_engine(16, 24, True).info.session_len == 96  # 24 blocks of 4
     assert shared_engine(16, 200, True).info.session_len == 128  # the checkpoint's
     assert make_engine(model(), session_len=50).info.session_len == 50
+
+
+class GroupWithAPoorRank(ParallelGroup):
+    """Its other rank has room for one block."""
+
+    def min(self, value: int) -> int:
+        return min(value, 1)
+
+
+@pytest.mark.parametrize("count", [0.5, 28])
+def test_when_one_rank_has_no_room_all_refuse(count: float) -> None:
+    executor = make_engine(model(), cache_max_entry_count=count).executor
+    assert isinstance(executor, LocalExecutor)
+    rank = executor._worker.model
+    assert rank.count_blocks(2**30) > 1
+    with pytest.raises(ConfigError, match=r"no room for the KV cache.*on another rank less"):
+        replace(rank, group=GroupWithAPoorRank()).count_blocks(2**30)
+
+
+def test_one_sequence_of_less_than_a_block_can_be_served() -> None:
+    engine = make_engine(
+        model(), max_num_seqs=1, session_len=4, block_size=8, cache_max_entry_count=0.5
+    )
+    engine.add(request("0", prompts()[2][:2], max_tokens=2))
+    tokens: list[int] = []
+    while engine.has_work:
+        tokens += [token for output in engine.step() for token in output.token_ids]
+    assert len(tokens) == 2
+
+
+def test_an_engine_says_what_became_of_its_settings(caplog: pytest.LogCaptureFixture) -> None:
+    """Graphs and steps ahead are for GPUs."""
+    with caplog.at_level("INFO", logger="engine.engine"):
+        info = make_engine(model()).info
+    assert (info.cuda_graphs, info.max_in_flight) == (False, 1)
+    assert "device='cpu'" in caplog.text
+    assert "max_in_flight=1, cuda_graphs=False" in caplog.text

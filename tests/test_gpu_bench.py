@@ -1,18 +1,30 @@
 """The GPU benchmark rehearsed without a GPU, and without what it must not need."""
 
 import json
+import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.gpu.stages import GRACE_SECONDS, STAGES, TUNE, read_report
+from benchmarks import record
+from benchmarks.gpu import stages
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.engine_speed import shares, time_decode
+from benchmarks.gpu.engines import decoding, generate
+from benchmarks.gpu.plan import REHEARSAL
+from benchmarks.gpu.stages import GRACE_SECONDS, RUN_SECONDS, STAGES, TUNE, read_report
 from benchmarks.gpu.summary import tables
 from benchmarks.gpu.targets import targets
 from benchmarks.gpu.tune import write
+from engine.errors import InvalidRequestError
+from engine.outputs import SequenceOutput
+from engine.sequence import EngineRequest
 from kernels.gpu.tiles import tables as tables_of_tiles
 
 ROOT = Path(__file__).parents[1]
@@ -32,10 +44,10 @@ def _run(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
 
 @pytest.mark.slow
 def test_every_stage_runs_on_tiny_shapes(tmp_path: Path) -> None:
-    stages = tmp_path / "stages.json"
-    run = _run(tmp_path, "--rehearse", "--json", str(stages))
+    path = tmp_path / "stages.json"
+    run = _run(tmp_path, "--rehearse", "--json", str(path))
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    report = read_report(stages)
+    report = read_report(path)
     assert list(report) == [stage.name for stage in (*STAGES, TUNE)]
     assert {section["ended"] for section in report.values()} == {"complete"}
     checks = [check for section in report.values() for check in section.get("checks", {}).values()]
@@ -66,7 +78,7 @@ def test_a_wrong_result_fails_the_run(tmp_path: Path) -> None:
 def test_unknown_stages_are_refused(tmp_path: Path) -> None:
     run = _run(tmp_path, "--rehearse", "ceiling")
     assert run.returncode == 2
-    assert "no stage ceiling; there are warm_caches, ceilings" in run.stderr
+    assert "no stage ceiling; there are ceilings, warm_caches" in run.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -99,6 +111,90 @@ def test_goals_are_met_or_missed_or_not_measured() -> None:
 def test_no_stage_outlives_its_command() -> None:
     """A stage whose process hangs is ended within the ten minutes of a command."""
     assert max(stage.seconds for stage in (*STAGES, TUNE)) + GRACE_SECONDS < 540
+
+
+def test_all_stages_have_time_for_their_limits() -> None:
+    assert sum(stage.seconds for stage in STAGES) <= RUN_SECONDS < 540
+
+
+def test_a_summary_that_fails_costs_no_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[str] = []
+    monkeypatch.setattr(stages, "_start", lambda names, *rest: started.extend(names))
+
+    def fail(report: object) -> None:
+        raise KeyError("floor_us")
+
+    stages.run_all(["ceilings", "linears"], tmp_path / "stages.json", False, fail)
+    assert started == ["ceilings", "linears"]
+    assert "floor_us" in capsys.readouterr().err
+
+
+def test_a_record_is_written_where_there_is_no_git(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    path = record.save("gpu", "GPU", [], tmp_path)
+    assert json.loads(path.read_text())["revision"] == "unknown"
+
+
+class _Engine:
+    """A token for every request in every step, until one that fails."""
+
+    def __init__(self, num_steps: int = 1000) -> None:
+        self.running: set[str] = set()
+        self._left = num_steps
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running)
+
+    def add(self, request: EngineRequest) -> None:
+        assert request.request_id not in self.running
+        self.running.add(request.request_id)
+
+    def abort(self, request_id: str) -> None:
+        self.running.discard(request_id)
+
+    def step(self) -> list[SequenceOutput]:
+        self._left -= 1
+        error = InvalidRequestError("no more") if self._left < 0 else None
+        return [SequenceOutput(name, [1], error=error) for name in sorted(self.running)]
+
+
+def test_a_failed_row_leaves_no_requests_to_the_next() -> None:
+    engine: Any = _Engine(num_steps=2)
+    with pytest.raises(InvalidRequestError):
+        generate(engine, [[3], [4]], num_tokens=3)
+    assert not engine.running
+    with pytest.raises(InvalidRequestError), decoding(engine, [[3], [4]], num_tokens=3):
+        pass
+    assert not engine.running
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_a_profiler_that_fails_leaves_the_speed(tmp_path: Path) -> None:
+    """Nothing runs on a GPU here, so that it has nothing to see."""
+    plan = replace(REHEARSAL, on_gpu=True, context=64, decode_steps=2)
+    bench = Bench(plan, {}, {}, tmp_path / "stages.json", math.inf)
+    engine: Any = _Engine()
+    decode: dict[str, Any] = {}
+    time_decode(bench, engine, "2 streams", 2, lambda context: 1.0, decode)
+    assert decode["2"]["tokens_per_s"] > 0
+    assert decode["2"]["floor_us"] == 1.0
+    assert list(bench.section["errors"]) == ["2 streams profile"]
+    assert not engine.running
+
+
+def test_waits_for_the_host_are_the_long_gaps() -> None:
+    spans = [(0.0, 40.0), (42.0, 60.0), (50.0, 80.0), (90.0, 100.0)]
+    found = shares(spans, num_steps=2, step_us=55.0)
+    assert found["busy_us"] == pytest.approx(44.0)
+    assert found["idle_share"] == pytest.approx(0.2)
+    assert found["waiting_share"] == pytest.approx(0.1)
+    with pytest.raises(RuntimeError, match="no kernel"):
+        shares([], num_steps=2, step_us=55.0)
 
 
 def test_tuned_tiles_are_written_as_launchers_read_them(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ FastAPI. With names of stages only those run, and the others' numbers stay.
 """
 
 import argparse
+import math
 import os
 import sys
 import tempfile
@@ -27,7 +28,7 @@ def main() -> int:
     arguments = _arguments()
     names = arguments.stages or [stage.name for stage in stages.STAGES]
     if arguments.in_process:
-        stages.run_here(names, arguments.json, arguments.seconds, arguments.rehearse)
+        stages.run_here(names, arguments.json, arguments.deadline, arguments.rehearse)
         return 0
     if not arguments.rehearse:
         return _run(names, arguments.out, fresh=not arguments.stages)
@@ -86,7 +87,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=out, help="folder of gpu.json")
     parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, default=600.0, help=argparse.SUPPRESS)
+    parser.add_argument("--deadline", type=float, default=math.inf, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.stages if name not in known]:
         parser.error(f"no stage {', '.join(unknown)}; there are {', '.join(known)}")

@@ -187,13 +187,13 @@ def copies(x: Tensor, count: int) -> list[Tensor]:
     return list(x.expand(count, *x.shape).contiguous().unbind(0))
 
 
-def run_stage(name: str, plan: Plan, path: Path, seconds: float) -> None:
+def run_stage(name: str, plan: Plan, path: Path, deadline: float) -> None:
     """A stage, a module of this package, in this process; its section says how it ended."""
     started = time.monotonic()
     report: Report = json.loads(path.read_text()) if path.exists() else {}
     section: Report = {"ended": "unfinished"}
     report[name] = section
-    bench = Bench(plan, report, section, path, started + seconds)
+    bench = Bench(plan, report, section, path, deadline)
     torch.set_float32_matmul_precision("highest")  # the references are float32
     torch.manual_seed(0)
     try:

@@ -17,9 +17,8 @@ from benchmarks.gpu.caches import attention_reference, make_step, random_cache, 
 from benchmarks.gpu.weights import copies_of
 from kernels.gpu.decode_attention import decode_attention
 from kernels.gpu.step import GpuStep
-from kernels.kv_layout import LayerCache
+from kernels.kv_layout import POLICY_NAMES, LayerCache
 
-POLICIES = {0: "plain", 8: "int8", 4: "int4", 16: "fp8"}
 MAX_REFERENCE_CONTEXT = 2048  # float64 references of longer ones take seconds each
 
 
@@ -29,7 +28,7 @@ def run(bench: Bench) -> None:
     bench.section["contexts"] = contexts
     for context in bench.plan.context_lens:
         row = contexts[str(context)] = {}
-        for policy, name in POLICIES.items():
+        for policy, name in POLICY_NAMES.items():
             row |= {name: bench.attempt(f"{name} context {context}",
                                         partial(_measure, bench, context, policy))}  # fmt: skip
             bench.save()
@@ -63,7 +62,7 @@ def _measure(bench: Bench, context: int, policy: int) -> Report:
         with poisoned():
             call(paged.cache, ragged)
         expected = attention_reference(q, paged, ragged, scale)
-        label = f"{POLICIES[policy]} context {context}"
+        label = f"{POLICY_NAMES[policy]} context {context}"
         bench.check(label, worst_row_error(out.flatten(0, 1), expected.flatten(0, 1)), bench.limit)
     full = make_step(ones, [context] * plan.num_seqs, plan.num_seqs, tables, plan.block_size)
     floor_us = paged.num_bytes / bench.read_rate * 1e6

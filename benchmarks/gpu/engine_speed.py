@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.bench import Bench, Report
-from benchmarks.gpu.engines import Streams, generate, random_engine, random_prompts
+from benchmarks.gpu.engines import Streams, decoding, generate, random_engine, random_prompts
 from benchmarks.gpu.floors import step_floor
 from engine.engine import Engine
 
@@ -44,10 +45,9 @@ def measure(bench: Bench, name: str, int4: bool, policy: int) -> None:
         decode: Report = report.setdefault("decode", {})
         for streams in plan.streams:
             label = f"{name} {streams} streams"
-            row = bench.attempt(label, partial(_time_decode, bench, engine, streams))
-            if row is not None:
-                row["floor_us"] = step_floor(bench, int4, policy, streams, row["context"]).us
-                decode[str(streams)] = row
+            floor_us = partial(_floor_us, bench, int4, policy, streams)
+            action = partial(time_decode, bench, engine, label, streams, floor_us, decode)
+            bench.attempt(label, action)
             bench.save()
 
 
@@ -66,43 +66,67 @@ def _time_prompts(bench: Bench, engine: Engine, report: Report) -> None:
     report["ttft_ms"] = statistics.median(waits) * 1e3
 
 
-def _time_decode(bench: Bench, engine: Engine, streams: int) -> Report:
-    """A stream's context passes the plan's in the middle of the steps timed, or a little before:
-    the first streams decode while the last ones' prompts are computed.
+def _floor_us(bench: Bench, int4: bool, policy: int, streams: int, context: float) -> float:
+    return step_floor(bench, int4, policy, streams, context).us
+
+
+def time_decode(
+    bench: Bench,
+    engine: Engine,
+    label: str,
+    streams: int,
+    floor_us: Callable[[float], float],
+    decode: Report,
+) -> None:
+    """The row of so many streams, in `decode` before anything else can fail.
+
+    A stream's context passes the plan's in the middle of the steps timed, or a little before: the
+    first streams decode while the last ones' prompts are computed.
     """
     plan = bench.plan
     warm = WARM_STEPS if plan.on_gpu else 1
     length = plan.context - warm - plan.decode_steps // 2
     prompts = random_prompts(streams, length, plan.model.vocab_size)
     num_tokens = plan.context // 2 if plan.on_gpu else 2 * plan.decode_steps + 4
-    running = Streams.start(engine, prompts, num_tokens)
-    running.seconds_per_step(warm)
-    seconds = running.seconds_per_step(plan.decode_steps)
-    row: Report = {
-        "step_us": seconds * 1e6,
-        "tokens_per_s": streams / seconds,
-        "context": running.num_tokens / streams + warm + plan.decode_steps // 2,
-        "prompts_s": running.prefill_s,
-    }
-    if plan.on_gpu:
-        row |= _profile(running, row["step_us"])
-    running.stop()
-    return row
+    with decoding(engine, prompts, num_tokens) as running:
+        running.seconds_per_step(warm)
+        seconds = running.seconds_per_step(plan.decode_steps)
+        context = running.num_tokens / streams + warm + plan.decode_steps // 2
+        row: Report = {
+            "step_us": seconds * 1e6,
+            "tokens_per_s": streams / seconds,
+            "context": context,
+            "floor_us": floor_us(context),
+            "prompts_s": running.prefill_s,
+        }
+        decode[str(streams)] = row
+        bench.save()
+        if plan.on_gpu:
+            profiled = partial(_profile, running, row["step_us"])
+            row |= bench.attempt(f"{label} profile", profiled) or {}
 
 
 def _profile(running: Streams, step_us: float) -> Report:
-    """Shares of the time in which no kernel ran, and in which the GPU waited for the host.
-
-    Profiling stretches gaps, hardly kernels: the first share is of steps that were not profiled.
-    """
+    """Profiling stretches gaps, hardly kernels."""
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         running.seconds_per_step(PROFILED_STEPS)
         torch.cuda.synchronize()
-    spans = sorted(
+    spans = [
         (event.time_range.start, event.time_range.end)
         for event in trace.events() or []
         if event.device_type.name == "CUDA"
-    )
+    ]
+    return shares(spans, PROFILED_STEPS, step_us)
+
+
+def shares(spans: list[tuple[float, float]], num_steps: int, step_us: float) -> Report:
+    """Shares of the time in which no kernel ran, and in which the GPU waited for the host.
+
+    The first one is of steps that were not profiled. Spans are microseconds from start to end.
+    """
+    if not spans:
+        raise RuntimeError("the profiler saw no kernel")
+    spans = sorted(spans)
     busy, waited, (start, end) = 0.0, 0.0, spans[0]
     for each_start, each_end in spans[1:]:
         if each_start > end:
@@ -111,10 +135,9 @@ def _profile(running: Streams, step_us: float) -> Report:
             start = each_start
         end = max(end, each_end)
     busy += end - start
-    whole = spans[-1][1] - spans[0][0]
-    busy_us = busy / PROFILED_STEPS
+    busy_us = busy / num_steps
     return {
         "busy_us": busy_us,
         "idle_share": 1 - busy_us / step_us,
-        "waiting_share": waited / whole,
+        "waiting_share": waited / (end - spans[0][0]),
     }

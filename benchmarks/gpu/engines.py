@@ -31,7 +31,8 @@ from engine.sequence import EngineRequest
 from engine.weights.checkpoint import ALL, ExpectedTensor
 
 NIBBLE_DEVIATION = 4.6  # of uniform 0 … 15
-ZERO_WORD = -0x77777778  # 0x88888888: zero points of 8
+# AWQ's zero points lie around 8: nibbles of 6 and 0 to 3 more.
+LEAST_ZEROS, MORE_ZEROS = 0x66666666, 0x33333333
 
 Prompts = list[list[int]]
 
@@ -61,11 +62,11 @@ class RandomCheckpoint:
         """The whole tensor is drawn and cut, so that it is the same however it is read."""
         shape = self.tensors[name].shape
         generator = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))
-        if name.endswith("qweight"):
+        if name.endswith(("qweight", "qzeros")):
             words = torch.randint(-(2**31), 2**31, shape, generator=generator, device=self._device)
             value = words.int()
-        elif name.endswith("qzeros"):
-            value = torch.full(shape, ZERO_WORD, dtype=torch.int32, device=self._device)
+            if name.endswith("qzeros"):
+                value = (value & MORE_ZEROS) + LEAST_ZEROS
         elif name.endswith("scales"):
             value = torch.full(shape, INIT_STD / NIBBLE_DEVIATION, device=self._device).half()
         elif len(shape) == 1:
@@ -81,9 +82,6 @@ class RandomCheckpoint:
 @contextmanager
 def random_engine(shape: LlamaShape, int4: bool, **settings: Any) -> Iterator[Engine]:
     """On the GPU (the interpreter's stand-in for it), without a cache of prefixes."""
-    gc.collect()  # an engine before this one: the cache takes a share of what is free
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(model_config(shape, int4)))
         with patch("engine.models.loader.Checkpoint", RandomCheckpoint):
@@ -95,6 +93,12 @@ def random_engine(shape: LlamaShape, int4: bool, **settings: Any) -> Iterator[En
 
 
 def open_engine(checkpoint: Path, **settings: Any) -> Engine:
+    """To be closed. The engine before it is freed first, the cycles in it included: the cache takes
+    a share of what is free.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     config = EngineConfig(
         model=str(checkpoint), **{"device": "cuda", "weights_cache": None} | settings
     )
@@ -106,23 +110,37 @@ def random_prompts(count: int, length: int, vocab_size: int) -> Prompts:
     return prompts
 
 
-def add_all(engine: Engine, prompts: Prompts, num_tokens: int) -> None:
-    """Greedy, to the last token."""
+@contextmanager
+def requests(engine: Engine, prompts: Prompts, num_tokens: int) -> Iterator[None]:
+    """Greedy requests to the last token, named by their index; none is left behind, even by an
+    error.
+    """
     params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
-    for index, prompt in enumerate(prompts):
-        engine.add(EngineRequest(request_id=str(index), prompt_token_ids=prompt, params=params))
+    try:
+        for index, prompt in enumerate(prompts):
+            engine.add(EngineRequest(request_id=str(index), prompt_token_ids=prompt, params=params))
+        yield
+    finally:
+        for index in range(len(prompts)):
+            engine.abort(str(index))
+        while engine.has_work:
+            engine.step()
 
 
 def generate(engine: Engine, prompts: Prompts, num_tokens: int) -> Prompts:
-    add_all(engine, prompts, num_tokens)
     tokens: Prompts = [[] for _ in prompts]
-    while engine.has_work:
-        for output in engine.step():
-            if output.error is not None:
-                raise output.error
-            tokens[int(output.request_id)] += output.token_ids
+    with requests(engine, prompts, num_tokens):
+        while engine.has_work:
+            _collect(engine, tokens)
     assert all(len(each) == num_tokens for each in tokens)
     return tokens
+
+
+def _collect(engine: Engine, tokens: Prompts) -> None:
+    for output in engine.step():
+        if output.error is not None:
+            raise output.error
+        tokens[int(output.request_id)] += output.token_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,17 +152,6 @@ class Streams:
     prefill_s: float
     num_tokens: int  # of all streams, when the last one's prompt was computed
 
-    @classmethod
-    def start(cls, engine: Engine, prompts: Prompts, num_tokens: int) -> "Streams":
-        started = time.perf_counter()
-        add_all(engine, prompts, num_tokens)
-        decoded = dict.fromkeys(map(str, range(len(prompts))), 0)
-        while not all(decoded.values()):
-            for output in engine.step():
-                decoded[output.request_id] += len(output.token_ids)
-        elapsed = time.perf_counter() - started
-        return cls(engine, len(prompts), elapsed, sum(map(len, prompts)) + sum(decoded.values()))
-
     def seconds_per_step(self, num_steps: int) -> float:
         started = time.perf_counter()
         num_tokens = sum(
@@ -154,8 +161,15 @@ class Streams:
         assert num_tokens == num_steps * self.count, "a stream ended or waited"
         return elapsed / num_steps
 
-    def stop(self) -> None:
-        for index in range(self.count):
-            self.engine.abort(str(index))
-        while self.engine.has_work:
-            self.engine.step()
+
+@contextmanager
+def decoding(engine: Engine, prompts: Prompts, num_tokens: int) -> Iterator[Streams]:
+    """Streams that end with the block."""
+    with requests(engine, prompts, num_tokens):
+        started = time.perf_counter()
+        tokens: Prompts = [[] for _ in prompts]
+        while not all(tokens):
+            assert engine.has_work, "streams ended before the last one's prompt was computed"
+            _collect(engine, tokens)
+        elapsed = time.perf_counter() - started
+        yield Streams(engine, len(prompts), elapsed, sum(map(len, prompts)) + sum(map(len, tokens)))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from benchmarks.gpu.bench import Bench
 from benchmarks.random_checkpoint import LlamaShape
 
-SCALE_BYTES = 2  # of a group; a zero point takes half a byte more, as in the checkpoint
+GROUP_BYTES = 3  # a scale of two bytes and a zero point of one
 PARAMS_BYTES = 4  # of a quantised token's keys or values of one head
 
 
@@ -22,6 +22,11 @@ class StepFloor:
         return self.linears + self.head + self.attention
 
 
+def int4_bytes(num_weights: float, group_size: int) -> float:
+    """Of packed weights as the kernels read them."""
+    return num_weights / 2 + GROUP_BYTES * num_weights / group_size
+
+
 def kv_bytes_per_token(shape: LlamaShape, policy: int) -> float:
     """Of all layers."""
     values = {0: 2.0, 8: 1.0, 4: 0.5, 16: 1.0}[policy] * shape.head_dim
@@ -32,11 +37,11 @@ def kv_bytes_per_token(shape: LlamaShape, policy: int) -> float:
 def step_floor(bench: Bench, int4: bool, policy: int, streams: int, context: float) -> StepFloor:
     shape = bench.plan.model
     num_weights = shape.num_layers * sum(n * k for n, k in shape.linears().values())
-    bytes_per_weight = 0.5 + (SCALE_BYTES + 0.5) / shape.group_size if int4 else 2.0
+    num_bytes = int4_bytes(num_weights, shape.group_size) if int4 else 2.0 * num_weights
     head_weights = shape.vocab_size * shape.hidden_size
     kv_bytes = streams * context * kv_bytes_per_token(shape, policy)
     return StepFloor(
-        linears=_phase(bench, num_weights * bytes_per_weight, 2.0 * num_weights * streams),
+        linears=_phase(bench, num_bytes, 2.0 * num_weights * streams),
         head=_phase(bench, 2.0 * head_weights, 2.0 * head_weights * streams),
         attention=_phase(bench, kv_bytes, 0.0),
     )

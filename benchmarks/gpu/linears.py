@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.bench import Bench, Report, copies, poisoned, worst_row_error
+from benchmarks.gpu.floors import int4_bytes
 from benchmarks.gpu.weights import copies_of, random_int4
 from kernels.int4_linear import int4_linear, int4_silu_mul, pack_int4
 from kernels.partials import Partials
@@ -36,9 +37,8 @@ class Problem:
     tinygemm: list[tuple[Tensor, Tensor]]  # words; scales and zeros [K / GROUP, N, 2]
 
     @property
-    def num_bytes(self) -> int:
-        """Four bits a weight, and a scale and a zero of two bytes and one for each group."""
-        return self.n * self.k // 2 + 3 * self.n * self.k // GROUP
+    def num_bytes(self) -> float:
+        return int4_bytes(self.n * self.k, GROUP)
 
     def floor_us(self, bench: Bench, m: int) -> float:
         bytes_us = (self.num_bytes + 2 * m * (self.n + self.k)) / bench.read_rate

@@ -10,8 +10,9 @@ from benchmarks.gpu.bench import Bench, Report, poisoned, worst_row_error
 from benchmarks.gpu.caches import attention_reference, make_step, random_cache, random_tables
 from benchmarks.gpu.decode_attention import sdpa
 from kernels.gpu.prefill_attention import prefill_attention
+from kernels.kv_layout import POLICY_NAMES
 
-POLICIES = {0: "plain", 8: "int8"}
+POLICIES = (0, 8)
 CHECKED = 256  # queries; the references of all take gigabytes
 
 
@@ -21,7 +22,8 @@ def run(bench: Bench) -> None:
     bench.section["prompts"] = prompts
     for length in bench.plan.prompt_lens:
         row = prompts[str(length)] = {}
-        for policy, name in POLICIES.items():
+        for policy in POLICIES:
+            name = POLICY_NAMES[policy]
             row[name] = bench.attempt(
                 f"{name} prompt {length}", partial(_measure, bench, length, policy)
             )
@@ -48,7 +50,7 @@ def _measure(bench: Bench, length: int, policy: int) -> Report:
         prefill_attention(rows, paged.cache, last, part, scale=scale)
     expected = attention_reference(rows, paged, last, scale)
     error = worst_row_error(part.flatten(0, 1), expected.flatten(0, 1))
-    bench.check(f"{POLICIES[policy]} prompt {length}", error, bench.limit)
+    bench.check(f"{POLICY_NAMES[policy]} prompt {length}", error, bench.limit)
     step = make_step([length], [length], 0, tables, plan.block_size)
     about_us = _flops(bench, length) / bench.matmul_rate * 1e6
 

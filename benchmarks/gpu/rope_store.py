@@ -10,8 +10,7 @@ import torch
 
 from benchmarks.gpu.bench import Bench, Report
 from benchmarks.gpu.caches import make_step, random_cache, random_tables
-from benchmarks.gpu.decode_attention import POLICIES
-from kernels.kv_layout import bytes_per_token
+from kernels.kv_layout import POLICY_NAMES, bytes_per_token
 from kernels.partials import Partials
 from kernels.rope import RotaryTable, rope_and_store
 
@@ -22,7 +21,7 @@ def run(bench: Bench) -> None:
     bench.warm_up()
     times: Report = {}
     bench.section["times"] = times
-    for policy, name in POLICIES.items():
+    for policy, name in POLICY_NAMES.items():
         for kind, num_tokens in (("decode", bench.plan.num_seqs), ("prompt", 4096)):
             label = f"{kind} {name}"
             count = num_tokens if bench.plan.on_gpu else 2

@@ -17,7 +17,12 @@ BATCH = 64
 NUM_TOKENS = 33
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def run(bench: Bench) -> None:
+    """Without inference mode, which generate_batch's thread is not in: what is made there and used
+    here, or the other way, must be tensors of one kind.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     plan = bench.plan
@@ -25,7 +30,7 @@ def run(bench: Bench) -> None:
     config.attn_implementation = "sdpa"
     with torch.device(plan.device):
         torch.set_default_dtype(plan.dtype)
-        model = LlamaForCausalLM(config).eval()
+        model = LlamaForCausalLM(config).eval().requires_grad_(False)
         torch.set_default_dtype(torch.float32)
     bench.attempt("generate", partial(_generate, bench, model))
     bench.save()

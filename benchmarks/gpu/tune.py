@@ -19,7 +19,6 @@ from torch import Tensor
 
 from benchmarks.gpu.bench import Bench, Report, worst_row_error
 from benchmarks.gpu.caches import make_step, random_cache, random_tables
-from benchmarks.gpu.decode_attention import POLICIES
 from benchmarks.gpu.linears import GROUP
 from benchmarks.gpu.warm_caches import warm
 from benchmarks.gpu.weights import copies_of, random_int4
@@ -28,6 +27,7 @@ from kernels.gpu.compile import CompileCase, compile_case
 from kernels.gpu.decode_attention import decode_attention
 from kernels.gpu.prefill_attention import prefill_attention
 from kernels.int4_linear import int4_linear, int4_silu_mul, pack_int4
+from kernels.kv_layout import POLICY_NAMES
 from kernels.norm import add_rms_norm
 from kernels.partials import Partials
 
@@ -123,7 +123,7 @@ def _problems(bench: Bench) -> Iterator[Problem]:
     for name, (n, k) in plan.linears.items():
         yield from _linears(bench, name, n, k)
     yield _chain(bench)
-    for policy in POLICIES if plan.on_gpu else (0,):
+    for policy in POLICY_NAMES if plan.on_gpu else (0,):
         yield from _attention(bench, policy)
 
 
@@ -168,7 +168,7 @@ def _chain(bench: Bench) -> Problem:
 
 
 def _attention(bench: Bench, policy: int) -> Iterator[Problem]:
-    plan, kind = bench.plan, POLICIES[policy]
+    plan, kind = bench.plan, POLICY_NAMES[policy]
     context = 4096 if plan.on_gpu else 70
     heads = (plan.num_heads, plan.head_dim)
     scale = plan.head_dim**-0.5

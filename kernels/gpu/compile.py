@@ -46,6 +46,7 @@ class CompileCase:
     options: dict[str, Any] = field(default_factory=dict)  # num_warps, num_stages, launch_pdl
     elements: int = 0  # weights or KV elements per step of the main loop; 0: it is not counted
     min_capability: int = 80  # 90 for what only Hopper has
+    max_capability: int = 999  # 89 for what launchers do otherwise from Hopper on
 
 
 @dataclass(frozen=True, slots=True)

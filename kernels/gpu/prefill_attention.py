@@ -243,4 +243,5 @@ def _case(
         options,
         elements=constants["BLOCK_M"] * constants["BLOCK_N"],  # scores
         min_capability=90 if hopper and not exact else 80,
+        max_capability=999 if hopper or exact else 89,
     )  # fmt: skip

@@ -196,4 +196,5 @@ def _compile_case(
         _options(tile, pdl),
         elements=tile.block_n * tile.block_k,
         min_capability=80 if "sm_80" in name or not (hopper or pdl) else 90,
+        max_capability=89 if "sm_80" in name else 999,
     )  # fmt: skip

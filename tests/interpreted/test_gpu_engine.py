@@ -3,6 +3,7 @@
 Graphs are not recorded here, but their steps are computed padded as they would be replayed.
 """
 
+import weakref
 from functools import cache
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pytest
 import torch
 from torch.multiprocessing.spawn import spawn
 
+from engine.errors import ConfigError
+from engine.gpu_worker import GpuWorker
+from engine.local_executor import LocalExecutor
 from tests.interpreted.gpu_engines import (
     BLOCK_SIZE,
     NUM_TOKENS,
@@ -127,6 +131,27 @@ def test_the_cache_is_sized_by_computing_what_takes_most() -> None:
     engine = make_engine(model().path, cache_max_entry_count=0.01, max_num_seqs=2)
     assert engine.info.num_blocks == 2 * 32 // BLOCK_SIZE  # all that two sessions need
     assert generate(engine, (0,))[0].token_ids == greedy(0, None)
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_closed_engine_leaves_no_cache(ahead: bool) -> None:
+    """At once: nothing waits for Python to collect cycles."""
+    engine = make_engine(model().path, enable_cuda_graphs=ahead)
+    assert engine.info.cuda_graphs == ahead
+    executor = engine.executor
+    assert isinstance(executor, LocalExecutor)
+    worker = executor._worker
+    assert isinstance(worker, GpuWorker)
+    steps = weakref.ref(worker._steps)
+    engine.close()
+    assert steps() is None
+
+
+def test_more_blocks_than_fit_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"no room for the KV cache.* lower cache_max_entry_count"
+    ):
+        make_engine(model().path, cache_max_entry_count=10**12)
 
 
 def test_two_ranks_give_the_tokens_of_one(tmp_path: Path) -> None:
