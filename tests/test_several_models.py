@@ -91,7 +91,9 @@ def test_a_model_without_replicas_answers_from_its_own_weights(
     assert answers[0]["choices"] != answers[1]["choices"]
     tokens = httpx.post(f"{url}/tokenize", json={"model": "org/other", "prompt": "a"}).json()
     assert tokens["max_model_len"] == 256
-    assert httpx.get(f"{url}/v1/models/org/other").json()["max_model_len"] == 256
+    cards = [httpx.get(f"{url}/v1/models/org/other").json() for _ in range(20)]
+    # Of two replicas only those know that had a request for it.
+    assert 256 in {card["max_model_len"] for card in cards} <= {256, None}
     deadline = time.monotonic() + PATIENCE_S
     while num_replicas("org-other"):
         assert time.monotonic() < deadline

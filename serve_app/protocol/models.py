@@ -10,7 +10,7 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "manta"
-    max_model_len: int | None  # None: no engine of it has run yet
+    max_model_len: int | None  # None: this replica had no request for it yet
 
 
 class ModelList(BaseModel):
