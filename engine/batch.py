@@ -46,6 +46,12 @@ class Batch:
     def num_seqs(self) -> int:
         return len(self.rows)
 
+    @property
+    def place_of_logit_indices(self) -> slice:
+        """In the buffer, for whoever has a copy of it elsewhere."""
+        start = HEADER + self.num_tokens + 3 * self.num_seqs + 1
+        return slice(start, start + len(self.logit_indices))
+
     @classmethod
     def unpack(cls, buffer: Int32Array) -> "Batch":
         """The batch whose arrays view `buffer`: the header, then the arrays in field order."""

@@ -27,7 +27,7 @@ class DecodeGraphs:
     def __init__(self, compute: Callable[[int], Outputs], sizes: Sequence[int]) -> None:
         """`compute(n)` computes a step of n decode rows, padding included, from static memory."""
         self._compute = compute
-        self._sizes = sorted(sizes)
+        self.sizes = sorted(sizes)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._outputs: Outputs | None = None  # of the largest bucket
 
@@ -39,7 +39,7 @@ class DecodeGraphs:
         gc.collect()
         gc.disable()  # freeing a tensor while a graph is recorded would break it
         try:
-            for size in sorted(sizes or self._sizes, reverse=True):
+            for size in sorted(sizes or self.sizes, reverse=True):
                 self._record(size)
         finally:
             gc.enable()
@@ -47,7 +47,7 @@ class DecodeGraphs:
     def _record(self, size: int) -> None:
         warm = self._compute(size)  # compiles kernels, and libraries take their memory
         if self._outputs is None:
-            assert size == self._sizes[-1]
+            assert size == self.sizes[-1]
             hidden, logits = warm
             self._outputs = torch.empty_like(hidden), _empty_like(logits)
         torch.cuda.synchronize()
@@ -62,15 +62,18 @@ class DecodeGraphs:
 
     def replay(self, num_seqs: int) -> Outputs:
         """Compute a step of so many decode rows; what it returns is overwritten by the next."""
-        size = next(size for size in self._sizes if size >= num_seqs)
         if not torch.cuda.is_available():
-            outputs = self._compute(size)
-        else:
-            assert self._outputs is not None
-            self._graphs[size].replay()
-            outputs = self._outputs
-        hidden, logits = outputs
-        return hidden[:num_seqs], None if logits is None else logits[:num_seqs]
+            return self.compute_padded(num_seqs)
+        assert self._outputs is not None
+        self._graphs[self._bucket(num_seqs)].replay()
+        return _cut(self._outputs, num_seqs)
+
+    def compute_padded(self, num_seqs: int) -> Outputs:
+        """The same eagerly."""
+        return _cut(self._compute(self._bucket(num_seqs)), num_seqs)
+
+    def _bucket(self, num_seqs: int) -> int:
+        return next(size for size in self.sizes if size >= num_seqs)
 
     def close(self) -> None:
         """Free what was recorded; none of it may be running."""
@@ -78,6 +81,11 @@ class DecodeGraphs:
             graph.reset()
         self._graphs.clear()
         self._outputs = None
+
+
+def _cut(outputs: Outputs, num_seqs: int) -> Outputs:
+    hidden, logits = outputs
+    return hidden[:num_seqs], None if logits is None else logits[:num_seqs]
 
 
 def _empty_like(x: Tensor | None) -> Tensor | None:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from engine.batch import Batch
-from engine.cuda_graphs import bucket_sizes
 from engine.gpu_steps import GpuSteps
 from engine.prompt_scores import SCORE_ROWS
 from engine.rank_model import RankModel, free_memory
@@ -29,7 +28,7 @@ def free_for_cache(model: RankModel) -> int:
     for batch in (*_prompt_steps(model), *_decode_steps(model)):
         _compute(model, steps, batch)
     free = free_memory(model.device)  # what the allocator has cached by now, steps will need again
-    graph_bytes = _graph_bytes(steps, model.config.max_num_seqs)
+    graph_bytes = _graph_bytes(steps)
     steps.close()
     del steps
     _release_cached()
@@ -95,12 +94,12 @@ def _compute(model: RankModel, steps: GpuSteps, batch: Batch) -> None:
         del sampled
 
 
-def _graph_bytes(steps: GpuSteps, max_num_seqs: int) -> int:
+def _graph_bytes(steps: GpuSteps) -> int:
     """What the graphs will take: the largest its memory, each one about as much as the second."""
     if steps.graphs is None or not torch.cuda.is_available():
         return 0
     free = [_free_without_cached()]
-    sizes = bucket_sizes(max_num_seqs)
+    sizes = steps.graphs.sizes
     for size in sizes[:-3:-1]:
         steps.graphs.capture([size])
         free.append(_free_without_cached())

@@ -8,11 +8,11 @@ while steps that use them are still to run.
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.batch import HEADER, Batch, buffer_size, table_width
+from engine.batch import Batch, buffer_size, table_width
 from engine.cuda_graphs import DecodeGraphs, Outputs, bucket_sizes
+from engine.host_copies import pinned
 from engine.kv_cache import KVCache
 from engine.rank_model import RankModel
 from kernels.gpu.prepare import StepTensors, prepare
@@ -80,8 +80,7 @@ class GpuSteps:
 
     def logit_indices(self, batch: Batch) -> Tensor:
         """int32 [L] on the device, until the next step is launched."""
-        start = HEADER + batch.num_tokens + 3 * batch.num_seqs + 1
-        return self._tensors.batch[start : start + len(batch.logit_indices)]
+        return self._tensors.batch[batch.place_of_logit_indices]
 
     def close(self) -> None:
         """Wait for what was launched, then drop the graphs; no call may follow.
@@ -116,9 +115,3 @@ class GpuSteps:
 
     def _layers(self, step: GpuStep, inputs: Tensor) -> Tensor:
         return self._model.decoder.forward(inputs, step.positions, step, self._kv_cache)
-
-
-def pinned(array: NDArray[np.int32]) -> Tensor:
-    """A copy from which the GPU can fetch while the host goes on; torch keeps it until it has."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory() if torch.cuda.is_available() else tensor

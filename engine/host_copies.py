@@ -1,6 +1,6 @@
 """Copies between host and device that wait for nothing.
 
-Up: many small arrays in one pinned buffer and one copy. Down: into pinned memory, with an event.
+Up: an array, or many small ones in one, through pinned memory. Down: into it, with an event.
 Pinned buffers come from torch's caching allocator, which gives one out again only when the copies
 that use it have run. On a CPU device both are plain tensors.
 """
@@ -14,6 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _ALIGNMENT = 4  # int32 words: kernels are compiled for pointers to multiples of 16 bytes
+
+
+def pinned(array: NDArray[np.int32]) -> Tensor:
+    """A copy from which a GPU can fetch while the host goes on."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
 def upload(arrays: Sequence[NDArray[np.int32]], device: torch.device) -> list[Tensor]:

@@ -53,17 +53,13 @@ class Worker:
         self, config: EngineConfig, group: ParallelGroup, peers: Peers | None = None
     ) -> None:
         torch.set_num_threads(config.threads_per_rank(group.num_neighbours))
-        self._model = model = RankModel.load(config, group, "cpu", peers)
+        self.model = model = RankModel.load(config, group, "cpu", peers)
         num_blocks = model.count_blocks(free_memory("cpu"))
         self.info: EngineInfo = model.info(num_blocks, max_in_flight=group.num_stages)
         self._kv_cache = model.allocate_cache(num_blocks)
         session_len = self.info.session_len
         self._tables = BlockTables(config.max_num_seqs, session_len, model.block_size)
         self._sampler = Sampler(model.spec.vocab_size, config.max_num_seqs, session_len, "cpu")
-
-    @property
-    def model(self) -> RankModel:
-        return self._model
 
     def launch(self, batch: Batch, sampling: Sampling | None) -> PendingStep | None:
         """Run one step where all layers are here; the result exists on rank 0, as `sampling`."""
@@ -85,13 +81,13 @@ class Worker:
             places.block_tables,
             places.slot_mapping,
             batch.num_decodes,
-            self._model.block_size,
+            self.model.block_size,
             "cpu",
         )
         if hidden is None:
             hidden = torch.from_numpy(batch.input_ids).to(torch.int64)
         positions = torch.from_numpy(places.positions).to(torch.int64)
-        return self._model.decoder.forward(hidden, positions, meta, self._kv_cache)
+        return self.model.decoder.forward(hidden, positions, meta, self._kv_cache)
 
     @torch.inference_mode()
     def finish(
@@ -99,7 +95,7 @@ class Worker:
     ) -> StepResult | None:
         """Draw and score tokens from the last stage's [T, H]; only its rank 0 has `sampling`."""
         indices = torch.from_numpy(batch.logit_indices).to(torch.int64)
-        logits = self._model.decoder.logits(hidden[indices[: batch.num_sampled]])
+        logits = self.model.decoder.logits(hidden[indices[: batch.num_sampled]])
         scored = self._score(hidden, indices[batch.num_sampled :], sampling)
         if sampling is None:
             return None
@@ -117,7 +113,7 @@ class Worker:
         token_ids = torch.tensor([t for score in scores for t in score.token_ids])
         num_top = max((score.num_top for score in scores), default=0)
         for start in range(0, len(indices), SCORE_ROWS):
-            logits = self._model.decoder.logits(hidden[indices[start : start + SCORE_ROWS]])
+            logits = self.model.decoder.logits(hidden[indices[start : start + SCORE_ROWS]])
             if logits is not None:
                 entries += token_logprobs(logits, token_ids[start : start + SCORE_ROWS], num_top)
         return entries

@@ -28,6 +28,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
 os.environ.setdefault("RAY_metrics_report_interval_ms", "500")  # 10 s is long to wait for
+os.environ.setdefault("RAY_SERVE_STATUS_GAUGE_REPORT_INTERVAL_S", "1")  # as is this
 # torch too: tiny tensors gain nothing from threads, and spinning pools cost 2.5 times the CPU.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -55,6 +56,15 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr("kernels.int4_linear.library", lambda: None)
     elif cpu.library() is None:
         pytest.skip("no AMX, or installed without a compiler")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A directory that looks like a checkpoint as far as a plan looks."""
+    path = tmp_path / "some-model-awq"
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    return path
 
 
 @pytest.fixture(scope="session")

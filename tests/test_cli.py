@@ -8,33 +8,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from engine.chat_template import Message
 from engine.errors import ConfigError, InvalidRequestError
 from engine.sampling_params import SamplingParams
 from serve_app.chat import chat
-from serve_app.cli import app
 from serve_app.ports import check_port, listener
+from tests.command_line import DEMO, manta
 
-ROOT = Path(__file__).resolve().parent.parent
-DEMO = ROOT / "models" / "demo-awq"
 MANTA = Path(sys.executable).with_name("manta")
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    """A directory that looks like a checkpoint as far as a plan looks."""
-    path = tmp_path / "some-model-awq"
-    path.mkdir()
-    (path / "config.json").write_text("{}")
-    return path
-
-
-def manta(*args: str) -> tuple[int, str]:
-    result = CliRunner().invoke(app, args, terminal_width=200)
-    return result.exit_code, result.output
 
 
 # -- help and refusals --------------------------------------------------------------------------

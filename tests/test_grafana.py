@@ -101,8 +101,10 @@ def test_every_metric_of_serve_is_one_that_it_exports(http: httpx.Client) -> Non
     http.post("/v1/completions", json={"model": "another", "prompt": "a"})
     wanted = {name for name in queried() if name.startswith("ray_serve_")}
     wanted.add("ray_vllm_num_requests_running")
+    # All that was seen: a gauge that Serve sets every 10 s is in one export and not in the next.
+    text = ""
     for _ in range(100):
-        text = httpx.get(metrics_url()).text
+        text += httpx.get(metrics_url()).text
         if wanted <= set(re.findall(r"^(\w+)\{", text, re.MULTILINE)):
             break
         asyncio.run(asyncio.sleep(0.2))

@@ -13,9 +13,6 @@ from serve_app.ports import free_ports
 from serve_app.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO = ROOT / "models" / "demo-awq"
-MANTA = Path(sys.executable).with_name("manta")
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 def test_the_user_s_variables_win(tmp_path: Path) -> None:

@@ -1,39 +1,20 @@
 """Plans of `manta serve`: the command line over serve_config.yaml, and mistakes in that file."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError
-from serve_app.cli import app
 from serve_app.launch_plan import make_plan
 from serve_app.serve_config import IMPORT_PATH, POLICY, read_serve_config
 from serve_app.serve_schema import to_schema
+from tests.command_line import DEMO, ROOT, manta
 
-ROOT = Path(__file__).resolve().parent.parent
-DEMO = ROOT / "models" / "demo-awq"
-MANTA = Path(sys.executable).with_name("manta")
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    """A directory that looks like a checkpoint as far as a plan looks."""
-    path = tmp_path / "some-model-awq"
-    path.mkdir()
-    (path / "config.json").write_text("{}")
-    return path
-
-
-def manta(*args: str) -> tuple[int, str]:
-    result = CliRunner().invoke(app, args, terminal_width=200)
-    return result.exit_code, result.output
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
