@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.engines import Prompts, generate, open_engine, random_prompts
 from benchmarks.random_checkpoint import LlamaShape, write_checkpoints
-from engine.cuda_graphs import DecodeGraphs, Outputs
+from engine.cuda_graphs import DecodeGraphs
 from engine.weights.awq import dequantize, unpack_awq
 
 SHAPE = LlamaShape(
@@ -111,7 +111,7 @@ def _compare_bfloat16(bench: Bench, path: Path) -> None:
     expected = tokens(ahead=True)
     with (
         patch.object(DecodeGraphs, "capture", _record_nothing),
-        patch.object(DecodeGraphs, "replay", _compute_padded),
+        patch.object(DecodeGraphs, "replay", DecodeGraphs.compute_padded),
     ):
         _check_equal(bench, "bfloat16, graphs against eager", tokens(ahead=True), expected)
     if not bench.plan.on_gpu:
@@ -125,13 +125,6 @@ def _compare_bfloat16(bench: Bench, path: Path) -> None:
 
 def _record_nothing(graphs: DecodeGraphs, sizes: Sequence[int] | None = None) -> None:
     pass
-
-
-def _compute_padded(graphs: DecodeGraphs, num_seqs: int) -> Outputs:
-    """As DecodeGraphs does where there are no graphs."""
-    size = next(size for size in graphs._sizes if size >= num_seqs)
-    hidden, logits = graphs._compute(size)
-    return hidden[:num_seqs], None if logits is None else logits[:num_seqs]
 
 
 def _check_equal(
