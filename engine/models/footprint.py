@@ -18,7 +18,8 @@ from engine.models.rope import rotary_table
 from engine.models.sharding import Shard, check_pp, check_tp
 from engine.models.spec import DecoderSpec
 from engine.weights.checkpoint import ALL, Checkpoint
-from engine.weights.stored import Int4Matrix, Piece
+from engine.weights.matrix import Int4Matrix
+from engine.weights.stored import Piece
 from kernels.dense_linear import multiplies_bf16
 from kernels.gpu.w4a16_pack import W4A16Weight
 from kernels.int4_aten import AtenInt4Weight

@@ -19,8 +19,9 @@ from engine.models.layout import layer_linears, layer_prefix, qkv_pieces
 from engine.models.sharding import Shard
 from engine.models.spec import DecoderSpec
 from engine.weights.checkpoint import Checkpoint
+from engine.weights.matrix import Int4Matrix
 from engine.weights.packed_file import Packed
-from engine.weights.stored import Int4Matrix, Piece, read_bias, read_weight
+from engine.weights.stored import Piece, read_bias, read_weight
 from kernels.dense_linear import DenseWeight, pack_dense
 from kernels.int4_linear import Int4Weight, pack_int4
 from kernels.int8_linear import has_int8_kernel, pack_int8

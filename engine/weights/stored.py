@@ -8,18 +8,7 @@ from torch import Tensor
 from engine.errors import CheckpointError
 from engine.weights.awq import NIBBLES_PER_WORD, dequantize, unpack_awq
 from engine.weights.checkpoint import Checkpoint, ExpectedTensor
-
-
-@dataclass(frozen=True, slots=True)
-class Int4Matrix:
-    """The internal form of 4-bit weights, between checkpoint formats and kernels.
-
-    w[k, n] = (q[k, n] - zeros[k // g, n]) * scales[k // g, n], q and zeros from 0 to 15.
-    """
-
-    q: Tensor  # uint8 [K, N]
-    zeros: Tensor  # uint8 [K/g, N]
-    scales: Tensor  # [K/g, N]
+from engine.weights.matrix import Int4Matrix
 
 
 @dataclass(frozen=True, slots=True)
