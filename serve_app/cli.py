@@ -32,6 +32,7 @@ app = typer.Typer(
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Placement = Literal["node", "stages", "ranks"]
+Quantize = Literal["awq", "rtn", "int8"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 ModelArgument = Annotated[
@@ -44,6 +45,12 @@ SessionLenOption = Annotated[int | None, typer.Option(help="Longest prompt and a
 QuantPolicyOption = Annotated[
     int | None,
     typer.Option(help="KV cache: 0: as computed; 8, 4: so many bits; 16: fp8, as LMDeploy counts."),
+]
+QuantizeOption = Annotated[
+    Quantize | None,
+    typer.Option(
+        help="Quantise a dense checkpoint while loading it: int4 (awq, rtn) or int8 weights."
+    ),
 ]
 
 
@@ -85,6 +92,7 @@ def serve(
     dtype: DTypeOption = None,
     session_len: SessionLenOption = None,
     quant_policy: QuantPolicyOption = None,
+    quantize: QuantizeOption = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences running at once.")] = None,
     cache_max_entry_count: Annotated[
         str | None,
@@ -124,6 +132,7 @@ def serve(
             dtype=dtype,
             session_len=session_len,
             quant_policy=quant_policy,
+            quantize=quantize,
             max_num_seqs=max_num_seqs,
             cache_max_entry_count=_number(cache_max_entry_count),
         )
@@ -152,6 +161,7 @@ def chat(
     dtype: DTypeOption = None,
     session_len: SessionLenOption = None,
     quant_policy: QuantPolicyOption = None,
+    quantize: QuantizeOption = None,
 ) -> None:
     """Talk to MODEL in the terminal, without a server."""
     with _errors():
@@ -164,6 +174,7 @@ def chat(
             "dtype": dtype,
             "session_len": session_len,
             "quant_policy": quant_policy,
+            "quantize": quantize,
         }
         llm = LLM(path, **{key: value for key, value in given.items() if value is not None})
         params: dict[str, Any] = dict(llm.tokenizer.sampling_defaults)
@@ -196,6 +207,7 @@ def plan(
     dtype: DTypeOption = None,
     session_len: SessionLenOption = None,
     quant_policy: QuantPolicyOption = None,
+    quantize: QuantizeOption = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences running at once.")] = None,
     cache_max_entry_count: Annotated[
         str | None, typer.Option(help="Share of the free memory for the KV cache, or blocks.")
@@ -215,6 +227,7 @@ def plan(
             "dtype": dtype,
             "session_len": session_len,
             "quant_policy": quant_policy,
+            "quantize": quantize,
             "max_num_seqs": max_num_seqs,
             "cache_max_entry_count": _number(cache_max_entry_count),
         }

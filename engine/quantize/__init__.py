@@ -1,0 +1,1 @@
+"""Quantising a dense checkpoint: methods, calibration, the resumable job."""
