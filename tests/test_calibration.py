@@ -71,7 +71,7 @@ def test_plain_text_is_cut_into_windows_of_its_tokens(tmp_path: Path) -> None:
 def test_chats_are_rendered_by_the_models_template_with_their_tools(tmp_path: Path) -> None:
     tools = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
     calls = [{"type": "function", "function": {"name": "clock", "arguments": {}}}]
-    chat = {
+    chat: dict[str, Any] = {
         "messages": [
             {"role": "user", "content": "What time is it?"},
             {"role": "assistant", "content": None, "tool_calls": calls},

@@ -1,1 +1,1 @@
-"""Quantising a checkpoint's linears layer by layer, in plain torch; no files of output."""
+"""Quantising a checkpoint's linears layer by layer, in plain torch; it writes no checkpoint."""
