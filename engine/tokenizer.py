@@ -76,6 +76,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Message] | None = None,
     ) -> list[int]:
         """Token ids of a chat. InvalidRequestError when the template cannot express it."""
         if self.chat_template is None:
@@ -87,6 +88,7 @@ class Tokenizer:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             variables=chat_template_kwargs,
+            tools=tools,
         )
         return self.encode(text, add_special_tokens=False)  # the template writes them itself
 

@@ -1,1 +1,1 @@
-"""Quantising a dense checkpoint: methods, calibration, the resumable job."""
+"""Quantising a checkpoint's linears layer by layer, in plain torch; it writes no checkpoint."""
