@@ -151,7 +151,8 @@ class RayStates:
                 "samples; every worker needs one"
             )
         worker: Any = ray.remote(CalibrationWorker)
-        num_cpus = int(ray.cluster_resources().get("CPU", 1))
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        num_cpus = int(resources.get("CPU", 1))
         num_threads = max(1, num_cpus // self.num_workers)
         options = {"num_gpus": 1} if self.device == "cuda" else {"num_cpus": 1}
         self._actors = [
@@ -160,13 +161,13 @@ class RayStates:
             )
             for part in torch.tensor_split(hidden, self.num_workers)
         ]
-        starting = [actor.ready.remote() for actor in self._actors]
-        if len(ray.wait(starting, num_returns=len(starting), timeout=START_TIMEOUT_S)[0]) < len(
-            starting
-        ):
+        starting: list[Any] = [actor.ready.remote() for actor in self._actors]
+        ready, _ = ray.wait(starting, num_returns=len(starting), timeout=START_TIMEOUT_S)
+        if len(ready) < len(starting):
             raise ConfigError(
-                f"Ray has no room for {self.num_workers} workers with {options} each; it has "
-                f"{ray.cluster_resources()}. Use fewer --num-workers"
+                f"Ray started {len(ready)} of {self.num_workers} workers, which need {options} "
+                f"each, in {START_TIMEOUT_S:.0f} s; its cluster has {resources}. Use fewer "
+                "--num-workers"
             )
         _gather(starting)
         return RayCalibration(self._actors, self.batch_size)

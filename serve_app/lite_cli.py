@@ -26,12 +26,15 @@ CalibData = Annotated[
     str, typer.Option(help="Text to calibrate on: a .jsonl or .txt file, or builtin.")
 ]
 CalibSamples = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
-CalibSeqlen = Annotated[int, typer.Option(min=2, help="Tokens of a sample.")]
+CalibSeqlen = Annotated[
+    int | None,
+    typer.Option(min=2, help="Tokens of a sample; none: 2048, or the model's context."),
+]
 Data = Annotated[str, typer.Option(help="Text to measure on: a .jsonl or .txt file, or builtin.")]
 Samples = Annotated[
     int, typer.Option(min=1, help="Samples of the text; a quarter of them is measured on.")
 ]
-Seqlen = Annotated[int, typer.Option(min=2, help="Tokens of a sample.")]
+Seqlen = CalibSeqlen
 Bits = Annotated[int, typer.Option(help="Bits of a weight: 4. For 8 use smooth_quant.")]
 GroupSize = Annotated[
     int,
@@ -71,7 +74,7 @@ def auto_awq(
     work_dir: WorkDir = WORK_DIR,
     calib_data: CalibData = BUILTIN,
     calib_samples: CalibSamples = 128,
-    calib_seqlen: CalibSeqlen = 2048,
+    calib_seqlen: CalibSeqlen = None,
     w_bits: Bits = 4,
     w_group_size: GroupSize = 128,
     w_sym: Symmetric = False,
@@ -95,7 +98,7 @@ def auto_awq(
     overwrite: Overwrite = False,
 ) -> None:
     """Quantise MODEL to 4 bits with AWQ: scales and clips that save what inputs make important."""
-    _run(locals(), "awq")
+    _run(dict(locals()), "awq")
 
 
 @app.command()
@@ -104,7 +107,7 @@ def auto_gptq(
     work_dir: WorkDir = WORK_DIR,
     calib_data: CalibData = BUILTIN,
     calib_samples: CalibSamples = 128,
-    calib_seqlen: CalibSeqlen = 2048,
+    calib_seqlen: CalibSeqlen = None,
     w_bits: Bits = 4,
     w_group_size: GroupSize = 128,
     w_sym: Symmetric = True,
@@ -128,7 +131,7 @@ def auto_gptq(
     overwrite: Overwrite = False,
 ) -> None:
     """Quantise MODEL to 4 bits with GPTQ: each weight's rounding is made up for by later ones."""
-    _run(locals(), "gptq")
+    _run(dict(locals()), "gptq")
 
 
 @app.command()
@@ -141,7 +144,7 @@ def smooth_quant(
     ] = 0.5,
     calib_data: CalibData = BUILTIN,
     calib_samples: CalibSamples = 128,
-    calib_seqlen: CalibSeqlen = 2048,
+    calib_seqlen: CalibSeqlen = None,
     skip: Skip = None,
     batch_size: BatchSize = 1,
     device: DeviceOption = "auto",
@@ -154,7 +157,7 @@ def smooth_quant(
     overwrite: Overwrite = False,
 ) -> None:
     """Quantise MODEL to 8 bits with SmoothQuant, for activations in 8 bits as well."""
-    _run(locals(), "smooth_quant")
+    _run(dict(locals()), "smooth_quant")
 
 
 @app.command()
@@ -169,14 +172,14 @@ def rtn(
     device: DeviceOption = "auto",
     data: Data = BUILTIN,
     samples: Samples = 128,
-    seqlen: Seqlen = 2048,
+    seqlen: Seqlen = None,
     batch_size: BatchSize = 1,
     evaluate: Eval = True,
     restart: Restart = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Quantise MODEL to 4 bits by rounding to nearest: seconds, no calibration, more loss."""
-    _run(locals(), "rtn")
+    _run(dict(locals()), "rtn")
 
 
 @app.command()
@@ -190,7 +193,7 @@ def prune(
     ] = "wanda",
     calib_data: CalibData = BUILTIN,
     calib_samples: CalibSamples = 128,
-    calib_seqlen: CalibSeqlen = 2048,
+    calib_seqlen: CalibSeqlen = None,
     skip: Skip = None,
     batch_size: BatchSize = 1,
     device: DeviceOption = "auto",
@@ -203,7 +206,7 @@ def prune(
     overwrite: Overwrite = False,
 ) -> None:
     """Set weights of MODEL to zero in a pattern; the checkpoint stays dense and as large."""
-    _run(locals(), "prune")
+    _run(dict(locals()), "prune")
 
 
 @app.command()
@@ -215,16 +218,17 @@ def kv(
     work_dir: WorkDir = WORK_DIR,
     data: Data = BUILTIN,
     samples: Samples = 128,
-    seqlen: Seqlen = 2048,
+    seqlen: Seqlen = None,
     batch_size: BatchSize = 1,
     device: DeviceOption = "auto",
     overwrite: Overwrite = False,
 ) -> None:
     """Report what keys and values in 8 or 4 bits cost MODEL; nothing has to be calibrated."""
+    options = dict(locals())
     with command_errors():
         from serve_app.lite_command import run_kv
 
-        run_kv(**_renamed(locals()))
+        run_kv(options)
 
 
 @app.command(name="eval")
@@ -236,13 +240,21 @@ def evaluate_command(
     work_dir: WorkDir = WORK_DIR,
     data: Data = BUILTIN,
     samples: Samples = 128,
-    seqlen: Seqlen = 2048,
+    seqlen: Seqlen = None,
     batch_size: BatchSize = 1,
     device: DeviceOption = "auto",
     overwrite: Overwrite = False,
 ) -> None:
     """Measure MODEL on held-out text, against a reference: perplexity, KL, top-1 agreement."""
+    options = dict(locals())
     with command_errors():
         from serve_app.lite_command import run_eval
 
-        run_eval(**_renamed(locals()))
+        run_eval(options)
+
+
+def _run(options: dict[str, Any], method: str) -> None:
+    with command_errors():
+        from serve_app.lite_command import run_quantization
+
+        run_quantization(method, options)

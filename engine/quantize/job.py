@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, cast
 
 import torch
 from safetensors import safe_open
@@ -163,10 +163,10 @@ class QuantizationJob:
             with self._bar(done, spec.num_layers, "quantising", "layer") as bar:
                 for index in range(done, spec.num_layers):
                     layer = model.layer(index)
-                    result = self.method.quantize_layer(layer, calibration)
+                    # A method without calibration has no samples, and takes None.
+                    result = self.method.quantize_layer(layer, cast(Calibration, calibration))
                     keep = None
                     if calibration is not None and index < spec.num_layers - 1:
-                        calibration.advance(layer)
                         keep = calibration.save
                     metadata = {"errors": json.dumps(result.errors, sort_keys=True)}
                     staging.finish_layer(index, self._tensors(index, result), metadata, keep)

@@ -19,7 +19,7 @@ from engine.weights.formats.compressed_tensors import (
     encode_pack_quantized,
     encode_w8,
 )
-from engine.weights.formats.gptq import encode_gptq, gptq_config
+from engine.weights.formats.gptq import Version, encode_gptq, gptq_config
 from engine.weights.matrix import Int4Matrix, Matrix, W8Matrix
 from engine.weights.stored import StoredLinear
 
@@ -63,11 +63,6 @@ class Output:
                 f"--w-group-size must be one of {sizes}, or -1 for one group of all inputs, got "
                 f"{self.group_size}"
             )
-        if self.format == "awq" and self.group_size == WHOLE:
-            raise ConfigError(
-                "--w-group-size -1 cannot be stored as awq, which has groups of a fixed size; use "
-                "128, 64 or 32, or --format gptq or compressed-tensors"
-            )
 
     def skips(self, module: str) -> bool:
         return any(part in module for part in self.skip)
@@ -98,11 +93,14 @@ class Output:
                     f"words of {PACKED} weights in both directions; leave it out with --skip"
                 )
 
+    @property
+    def _version(self) -> Version:
+        """Of GPTQ's layout: the first cannot hold every zero."""
+        return "gptq" if self.symmetric else "gptq_v2"
+
     def _allowed(self, linears: list[StoredLinear]) -> str:
         sizes = [str(size) for size in fitting_group_sizes(linears)]
-        if self.format != "awq":
-            sizes.append("-1 (one group)")
-        return ", ".join(sizes) or "none, leave such linears out with --skip"
+        return ", ".join([*sizes, "-1 (one group of all inputs)"])
 
     def tensors(
         self,
@@ -125,18 +123,20 @@ class Output:
 
     def quantization_config(self, spec: DecoderSpec) -> dict[str, Any] | None:
         """For config.json; None when the weights are dense."""
-        skipped = tuple(
+        skipped = [
             linear.module
             for index in range(spec.num_layers)
             for linear in stored_linears(spec, index)
             if self.skips(linear.module)
-        )
+        ]
         if self.format == "dense":
             return None
         if self.format == "awq":
             return awq_config(self.group_size, self.symmetric, skipped)
         if self.format == "gptq":
-            return gptq_config(self.group_size, self.symmetric, self.act_order, skipped)
+            return gptq_config(
+                self.group_size, self.symmetric, self.act_order, skipped, self._version
+            )
         assert self.kind != "dense"
         group_size = self.group_size if self.kind == "int4" else None
         return compressed_tensors_config(
@@ -164,7 +164,7 @@ class Output:
         if self.format == "awq":
             return encode_awq(matrix)
         if self.format == "gptq":
-            return encode_gptq(matrix)
+            return encode_gptq(matrix, self._version)
         return encode_pack_quantized(matrix, self.symmetric)
 
 

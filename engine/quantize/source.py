@@ -30,7 +30,7 @@ class Source:
     def open(cls, path: Path) -> "Source":
         """CheckpointError for what is no dense checkpoint of a known family, or not whole."""
         spec = load_spec(path)
-        if spec.awq is not None:
+        if spec.quantization is not None:
             raise CheckpointError(
                 f"{path} is already quantised: its config.json has a quantization_config; give the "
                 "checkpoint in bf16, fp16 or fp32 that it was made from"
@@ -49,7 +49,7 @@ class Source:
             "config": read_json(self.path / "config.json"),
         }
 
-    def check_values(self, progress: Callable[[int], None]) -> None:
+    def check_values(self, progress: Callable[[int], object]) -> None:
         """CheckpointError that names the first tensor with a value that is NaN or infinite.
 
         Reads the whole checkpoint: some GB per second, against hours until the layer is reached.
