@@ -57,6 +57,10 @@ class Tokenizer:
             )
         return cls(hf, GenerationConfig.load(path))
 
+    def same_vocabulary(self, other: "Tokenizer") -> bool:
+        """Whether a token id stands for the same piece of text in both."""
+        return bool(self._backend.get_vocab() == other._backend.get_vocab())
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids; special tokens are those the checkpoint adds by itself, such as bos."""
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)

@@ -19,6 +19,7 @@ from engine.weights.awq import dequantize
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.matrix import Int4Matrix
 from engine.weights.stored import Piece, StoredLinear, read_weight
+from kernels.kv_layout import dequantize_kv, quantize_kv
 
 # The linears that share one input, in the order in which a layer computes them.
 STAGES: Mapping[str, tuple[str, ...]] = {
@@ -46,6 +47,7 @@ class DenseLayer:
     weights: dict[str, Tensor]  # by role [N, K]
     biases: dict[str, Tensor]  # by role [N], of those that have one
     norms: dict[str, Tensor]  # input_norm, post_attention_norm [H]; q_norm, k_norm [D]
+    kv_policy: int = 0  # the quant_policy of the cache that keys and values are read back from
 
     @classmethod
     def read(
@@ -136,6 +138,8 @@ class DenseLayer:
         q = _rotate(self._heads("q", x), cos, sin)
         k = _rotate(self._heads("k", x), cos, sin)
         v = self._heads("v", x)
+        if self.kv_policy:
+            k, v = (_through_cache(each, self.kv_policy) for each in (k, v))
         window = spec.windows[self.index]
         mask = None
         if window is not None and window < num_tokens:
@@ -228,6 +232,11 @@ def _finite(tensor: Tensor, name: str, checkpoint: Checkpoint) -> Tensor:
             "model computes nothing, so get its files again"
         )
     return tensor
+
+
+def _through_cache(x: Tensor, policy: int) -> Tensor:
+    """Keys or values [B, heads, T, D] as a quantised cache gives them back."""
+    return dequantize_kv(*quantize_kv(x, policy), policy).to(x.dtype)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
