@@ -5,11 +5,11 @@ those of the whole by rounding. The finished layers are the driver's, so that a 
 dies goes on where it was. Nothing here knows a method.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import ray
 import torch
@@ -54,9 +54,7 @@ class CalibrationWorker:
 
     def statistics(self, index: int, parts: Parts, stage: str) -> Statistics:
         found = self._calibration.statistics(self._updated(index, parts), stage)
-        return Statistics(
-            found.gram.cpu(), found.abs_sum.cpu(), found.abs_max.cpu(), found.num_tokens
-        )
+        return cast(Statistics, on_device(found, "cpu"))
 
     def advance(self, index: int, parts: Parts) -> None:
         self._calibration.advance(self._updated(index, parts))
@@ -64,6 +62,10 @@ class CalibrationWorker:
 
     def hidden(self) -> Tensor:
         return self._calibration.hidden
+
+    def compute(self, function: Callable[..., Any], rows: Tensor, *shared: Any) -> Any:
+        """A method's work on some rows, with what all rows share."""
+        return on_device(function(*on_device((rows, *shared), self._device)), "cpu")
 
     def _updated(self, index: int, parts: Parts) -> DenseLayer:
         if self._layer is None or self._layer.index != index:
@@ -85,16 +87,13 @@ class RayCalibration:
     def statistics(self, layer: DenseLayer, stage: str) -> Statistics:
         """Added in the workers' order."""
         parts = ray.put(self._changed(layer, NEEDED[stage]))
-        found = _gather([each.statistics.remote(layer.index, parts, stage) for each in self._actors])
+        found = _gather(
+            [each.statistics.remote(layer.index, parts, stage) for each in self._actors]
+        )
         total = found[0]
         for each in found[1:]:
             total = total + each
-        return Statistics(
-            total.gram.to(layer.device),
-            total.abs_sum.to(layer.device),
-            total.abs_max.to(layer.device),
-            total.num_tokens,
-        )
+        return cast(Statistics, on_device(total, str(layer.device)))
 
     def advance(self, layer: DenseLayer) -> None:
         parts = ray.put(self._changed(layer, ROLES))
@@ -172,8 +171,32 @@ class RayStates:
         _gather(starting)
         return RayCalibration(self._actors, self.batch_size)
 
+    def compute(
+        self, function: Callable[..., Any], parts: Sequence[Tensor], *shared: Any
+    ) -> list[Any]:
+        """`engine.ray_rows.Workers`; what is shared is sent once to each node."""
+        references = [ray.put(each) for each in on_device(shared, "cpu")]
+        return _gather(
+            [
+                actor.compute.remote(function, part, *references)
+                for actor, part in zip(self._actors, parts, strict=False)
+            ]
+        )
+
     def load(self, path: Path) -> RayCalibration:
         return self.start(LocalCalibration.load(path).hidden)
+
+
+def on_device(value: Any, device: str) -> Any:
+    """Tensors, and what is made of them: lists, tuples, statistics and matrices."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, list | tuple):
+        return type(value)(on_device(each, device) for each in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = {field.name: getattr(value, field.name) for field in fields(value)}
+        return replace(value, **{name: on_device(part, device) for name, part in parts.items()})
+    return value
 
 
 def _gather(calls: list[Any]) -> list[Any]:

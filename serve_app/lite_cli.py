@@ -68,7 +68,7 @@ WORK_DIR = Path("./work_dir")
 BUILTIN = "builtin"
 
 
-@app.command()
+@app.command(name="auto_awq")
 def auto_awq(
     model: Model,
     work_dir: WorkDir = WORK_DIR,
@@ -97,11 +97,14 @@ def auto_awq(
     restart: Restart = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Quantise MODEL to 4 bits with AWQ: scales and clips that save what inputs make important."""
+    """4 bits with AWQ.
+
+    Scales and clipped ranges save the weights that large inputs make important.
+    """
     _run(dict(locals()), "awq")
 
 
-@app.command()
+@app.command(name="auto_gptq")
 def auto_gptq(
     model: Model,
     work_dir: WorkDir = WORK_DIR,
@@ -130,11 +133,14 @@ def auto_gptq(
     restart: Restart = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Quantise MODEL to 4 bits with GPTQ: each weight's rounding is made up for by later ones."""
+    """4 bits with GPTQ.
+
+    The error of each weight's rounding is made up for by the weights after it.
+    """
     _run(dict(locals()), "gptq")
 
 
-@app.command()
+@app.command(name="smooth_quant")
 def smooth_quant(
     model: Model,
     work_dir: WorkDir = WORK_DIR,
@@ -150,13 +156,15 @@ def smooth_quant(
     device: DeviceOption = "auto",
     dtype: DTypeOption = "float32",
     num_workers: NumWorkers = None,
-    tp: Tp = 1,
     seed: Seed = 0,
     evaluate: Eval = True,
     restart: Restart = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Quantise MODEL to 8 bits with SmoothQuant, for activations in 8 bits as well."""
+    """8 bits with SmoothQuant.
+
+    Outliers of the inputs move into the weights, so that both suit 8 bits.
+    """
     _run(dict(locals()), "smooth_quant")
 
 
@@ -178,7 +186,10 @@ def rtn(
     restart: Restart = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Quantise MODEL to 4 bits by rounding to nearest: seconds, no calibration, more loss."""
+    """4 bits by rounding to nearest.
+
+    Takes seconds and no calibration, and loses more than the others.
+    """
     _run(dict(locals()), "rtn")
 
 
@@ -205,7 +216,10 @@ def prune(
     restart: Restart = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Set weights of MODEL to zero in a pattern; the checkpoint stays dense and as large."""
+    """Zeros in a pattern, such as 2:4.
+
+    The checkpoint stays dense and as large; the report says what it costs.
+    """
     _run(dict(locals()), "prune")
 
 
@@ -223,10 +237,13 @@ def kv(
     device: DeviceOption = "auto",
     overwrite: Overwrite = False,
 ) -> None:
-    """Report what keys and values in 8 or 4 bits cost MODEL; nothing has to be calibrated."""
+    """What a KV cache in 8 or 4 bits costs.
+
+    Nothing is calibrated, and no checkpoint is written: the report says what is lost.
+    """
     options = dict(locals())
     with command_errors():
-        from serve_app.lite_command import run_kv
+        from serve_app.lite_measure import run_kv
 
         run_kv(options)
 
@@ -245,10 +262,13 @@ def evaluate_command(
     device: DeviceOption = "auto",
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure MODEL on held-out text, against a reference: perplexity, KL, top-1 agreement."""
+    """What a checkpoint lost, beside its reference.
+
+    Perplexity, KL divergence and top-1 agreement on held-out text, as a report.
+    """
     options = dict(locals())
     with command_errors():
-        from serve_app.lite_command import run_eval
+        from serve_app.lite_measure import run_eval
 
         run_eval(options)
 

@@ -82,7 +82,7 @@ class JobRecord:
 Finish = Callable[[Path, JobRecord], None]  # gets the whole checkpoint before it has its name
 
 
-class Interrupted(KeyboardInterrupt):  # noqa: N818 - what it is, not what went wrong
+class Interrupted(KeyboardInterrupt):
     """Ctrl-C; the message says how to go on."""
 
 
@@ -109,8 +109,9 @@ class QuantizationJob:
     finish: Finish | None = None
 
     def run(self) -> JobRecord:
-        """CheckpointError or ConfigError with the mend, Interrupted for Ctrl-C; then the work dir is
-        as it was.
+        """CheckpointError or ConfigError with the mend, Interrupted for Ctrl-C.
+
+        Then the work dir is as it was.
         """
         check_work_dir(self.work_dir, self.source.path, overwrite=self.overwrite)
         self.output.check(self.source.spec)

@@ -16,7 +16,7 @@ from engine.models.layout import layer_linears, layer_prefix, qkv_pieces
 from engine.models.rope import rotary_table
 from engine.models.spec import DecoderSpec
 from engine.weights.checkpoint import Checkpoint
-from engine.weights.stored import Piece, StoredLinear, read_dense
+from engine.weights.stored import StoredLinear, read_dense
 from kernels.kv_layout import dequantize_kv, quantize_kv
 
 # The linears that share one input, in the order in which a layer computes them.

@@ -187,7 +187,9 @@ def rows_of_stored(spec: DecoderSpec, index: int) -> list[tuple[StoredLinear, Or
     rest = [(linears.o, "o"), (linears.gate, "gate"), (linears.up, "up"), (linears.down, "down")]
     found = [(linear, Order((role,))) for linear, role in rest]
     if len(linears.qkv) == 3:
-        return [(each, Order((role,))) for each, role in zip(linears.qkv, "qkv", strict=True)] + found
+        return [
+            (each, Order((role,))) for each, role in zip(linears.qkv, "qkv", strict=True)
+        ] + found
     return [(linears.qkv[0], Order(("q", "k", "v"), _grouped_rows(spec))), *found]
 
 
