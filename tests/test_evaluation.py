@@ -223,7 +223,8 @@ def test_bytes_per_token_of_a_cache() -> None:
 def test_a_comparison_of_distributions_by_hand() -> None:
     true, found = np.array([[0.5, 0.25, 0.25]]), np.array([[0.25, 0.5, 0.25]])
     added = Comparison("model")
-    added.add(*(torch.tensor(x) for x in (np.log(found), [2])), torch.tensor(np.log(true)))
+    logits, reference = (torch.tensor(np.log(p)) for p in (found, true))
+    added.add(logits, torch.tensor([2]), reference)
     assert added.evaluation().kl_mean == pytest.approx(0.25 * np.log(2))
     assert added.evaluation().perplexity == pytest.approx(4)
     assert added.evaluation().top1_agreement == 0.0

@@ -109,7 +109,7 @@ def compare(
 
 def _advance(layer: DenseLayer, hidden: Tensor, batch_size: int) -> None:
     """Replace hidden [E, T, H] by the layer's outputs."""
-    for part in hidden.split(batch_size):
+    for part in torch.split(hidden, batch_size):
         part.copy_(layer.forward(part.to(layer.device, layer.dtype)))
 
 
