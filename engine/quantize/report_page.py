@@ -76,6 +76,7 @@ def _sections(report: Report) -> Iterable[str]:
     for result in report.results:
         yield _verdict(result, named=len(report.results) > 1)
     yield "<h2>Quality on held-out text</h2>"
+    yield "<p>Counted are the tokens of texts, and in chats those of the answers.</p>"
     yield _quality(report)
     yield "<h2>Size</h2>"
     yield _sizes(report)
