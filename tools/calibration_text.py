@@ -1,11 +1,13 @@
 """Writes the built-in calibration text, engine/quantize/data/*.jsonl; the same on every machine.
 
-    python -m tools.calibration_text
+    python -m tools.calibration_text [--demo FILE]
 
 Chats of the demo corpus, with and without tools, and texts and chats of other registers, in no
-order. The held-out file has its own seed, names and towns.
+order. The held-out file has its own seed, names and towns. With --demo only a file of the demo
+corpus is written: the demo model knows nothing else.
 """
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +24,19 @@ DIRECTORY = Path(__file__).parents[1] / "engine" / "quantize" / "data"
 # name -> bytes, held out
 FILES = {"calibration.jsonl": (600_000, False), "held_out.jsonl": (90_000, True)}
 
+DEMO_SIZE = 600_000  # bytes
+
 Line = dict[str, object]
+Mixture = dict[Callable[[Source], Line], float]
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the built-in calibration text.")
+    parser.add_argument("--demo", type=Path, metavar="FILE", help="demo chats alone, as JSONL")
+    demo: Path | None = parser.parse_args().demo
+    if demo is not None:
+        demo.write_text(render_demo(), encoding="utf-8")
+        return
     DIRECTORY.mkdir(exist_ok=True)
     for name in FILES:
         (DIRECTORY / name).write_text(render(name), encoding="utf-8")
@@ -34,8 +45,15 @@ def main() -> None:
 def render(name: str) -> str:
     """The text of one of FILES: lines of JSON."""
     size, held_out = FILES[name]
-    source = Source(Random(f"calibration text {name}"), held_out)
-    kinds, weights = zip(*MIXTURE.items(), strict=True)
+    return _lines(Source(Random(f"calibration text {name}"), held_out), size, MIXTURE)
+
+
+def render_demo() -> str:
+    return _lines(Source(Random("calibration text of the demo")), DEMO_SIZE, {_demo_chat: 1.0})
+
+
+def _lines(source: Source, size: int, mixture: Mixture) -> str:
+    kinds, weights = zip(*mixture.items(), strict=True)
     lines: dict[str, int] = {}  # without repetitions
     while sum(lines.values()) < size:
         (write,) = source.rng.choices(kinds, weights)
@@ -75,7 +93,7 @@ def _foreign(source: Source) -> Line:
 
 
 # Shares of lines; a line has 270 to 900 bytes.
-MIXTURE: dict[Callable[[Source], Line], float] = {
+MIXTURE: Mixture = {
     _demo_chat: 0.40,
     _chat: 0.20,
     _text: 0.20,
