@@ -88,11 +88,13 @@ class Awq:
         channels = [fold.expand(scale) for scale in scales]
         total = torch.zeros(len(scales), device=channels[0].device)
         for weight in weights:
-            losses = scale_losses(
-                weight, statistics.gram, channels, self.group_size, self.symmetric
-            )
+            losses = self.losses(weight, statistics.gram, channels)
             total += losses / output_energy(weight, statistics.gram).sum().clamp(min=1e-30)
         return total
+
+    def losses(self, weight: Tensor, gram: Tensor, scales: list[Tensor]) -> Tensor:
+        """Of all rows [N, K] under each scale [K]."""
+        return scale_losses(weight, gram, scales, self.group_size, self.symmetric)
 
 
 def candidate_scales(inputs: Tensor, weights: Tensor) -> list[Tensor]:

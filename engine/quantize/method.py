@@ -57,8 +57,13 @@ class LayerPass:
         matrices: Mapping[str, Matrix],
         statistics: Statistics | None,
     ) -> None:
-        """The layer computes with `matrices` from now on, instead of with `weights` [N, K]."""
+        """The layer computes with `matrices` from now on, instead of with `weights` [N, K].
+
+        Of roles that the layer keeps dense, with the weights as they are stored.
+        """
         for role, matrix in matrices.items():
+            if role in self.layer.kept:
+                matrix = weights[role].to(stored_dtype(self.layer.spec))
             rounded = dense(matrix)
             self.linears[role] = matrix
             self.layer.weights[role] = rounded.to(self.layer.dtype)
