@@ -103,7 +103,8 @@ def _sections(report: Report) -> Iterable[str]:
 def _verdict(result: Result, named: bool) -> str:
     level = level_of(result.evaluation)
     style, sign = _SIGNS[level]
-    title = f"{result.name}: {level}" if named else level.capitalize()
+    title = f"{level} loss" if level in ("noticeable", "heavy") else level
+    title = f"{result.name}: {title}" if named else title.capitalize()
     return (
         f'<div class="verdict {style}"><p><b><span aria-hidden="true">{sign}</span> '
         f"{escape(title)}</b></p><p>{escape(words(result.evaluation))}</p></div>"
