@@ -175,10 +175,12 @@ def test_plots_are_drawn_and_named() -> None:
 
 def test_a_report_without_a_reference_has_no_plots_and_no_invented_numbers() -> None:
     alone = Result(name="alone", evaluation=Evaluation(num_tokens=5, perplexity=3.25))
-    text = render_page(report(results=(alone,), linear_errors=(), reference=None))
+    # A method without calibration has layers, and no errors of their linears.
+    text = render_page(report(results=(alone,), linear_errors=({}, {}), reference=None))
     assert "<svg" not in text
     assert "No reference" in Page(text).text()
     assert "None" not in text
+    assert "to calibrate on" not in re.sub("<td>.*?</td>", "", text)
 
 
 def test_policies_of_a_cache_are_told_apart() -> None:
