@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels.dense_linear import DenseWeight, dense_linear, pack_dense
+from kernels.input_order import in_order, in_own_order
 from kernels.int8_linear import Int8Weight, has_int8_kernel, int8_linear, pack_int8
 
 # Most rows that go to the 4-bit kernel, which does not use AMX. benchmarks.cpu_linears on two
@@ -46,6 +47,7 @@ class FewRows:
     packed: Tensor
     scales_zeros: Tensor  # [K/g, N, 2] scale and (8 - zero) * scale
     group_size: int
+    input_order: Tensor | None  # int64 [K]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +70,12 @@ def pack_aten_int4(
     dtype: torch.dtype,
     device: str,
     int8_activations: bool = False,
+    input_order: Tensor | None = None,
 ) -> AtenInt4Weight:
-    """q uint8 [K, N], zeros uint8 [K/g, N], scales [K/g, N].
+    """q uint8 [K, N], zeros uint8 [K/g, N], scales [K/g, N], input_order int64 [K].
 
-    `int8_activations` has no effect in float32 (exact) and where no int8 kernel exists.
+    `int8_activations` has no effect in float32 (exact) and where no int8 kernel exists. The
+    dequantised values lie in the inputs' own order, so that only few rows are put in another.
     """
     in_features, out_features = q.shape
     group_size = in_features // scales.shape[0]
@@ -85,20 +89,22 @@ def pack_aten_int4(
     few_rows = None
     if device == "cpu" and dtype != torch.float32 and _is_served(group_size, out_features):
         max_rows = MAX_INT4_ROWS_INT8 if int8_activations else _max_int4_rows()
-        few_rows = _pack_few_rows(q, scales, offsets, max_rows)
+        few_rows = _pack_few_rows(q, scales, offsets, max_rows, input_order)
+    weight = in_own_order(weight, input_order)
     return AtenInt4Weight(
         few_rows=few_rows,
         many_rows=pack_int8(weight) if int8_activations else pack_dense(weight.to(device, dtype)),
-        shape=(out_features, in_features),
+        shape=(out_features, weight.shape[1]),
     )
 
 
 def aten_int4_linear(x: Tensor, weight: AtenInt4Weight, bias: Tensor | None) -> Tensor:
     """x [M, K] -> [M, N] in x's dtype."""
+    assert x.shape[1] == weight.shape[1]
     few = weight.few_rows
     if few is not None and x.shape[0] <= few.max_rows:
         y: Tensor = torch._weight_int4pack_mm_for_cpu(
-            x, few.packed, few.group_size, few.scales_zeros
+            in_order(x, few.input_order), few.packed, few.group_size, few.scales_zeros
         )
         return y if bias is None else y.add_(bias)
     if isinstance(weight.many_rows, Int8Weight):
@@ -122,10 +128,13 @@ def _max_int4_rows() -> int:
     return MAX_INT4_ROWS_AMX if torch.cpu._is_amx_tile_supported() else MAX_INT4_ROWS_AVX512
 
 
-def _pack_few_rows(q: Tensor, scales: Tensor, offsets: Tensor, max_rows: int) -> FewRows:
+def _pack_few_rows(
+    q: Tensor, scales: Tensor, offsets: Tensor, max_rows: int, input_order: Tensor | None
+) -> FewRows:
     return FewRows(
         max_rows=max_rows,
         packed=torch._convert_weight_to_int4pack_for_cpu(q.t().int().contiguous(), 1),
         scales_zeros=torch.stack((scales, offsets), dim=2),
         group_size=q.shape[0] // scales.shape[0],
+        input_order=input_order,
     )

@@ -19,6 +19,7 @@ from kernels.cpu import library
 from kernels.cpu.int4 import GROUP_SIZES, AmxInt4Weight, amx_int4_linear, pack_amx_int4
 from kernels.gpu import interpreted
 from kernels.gpu.w4a16_pack import W4A16Weight, is_packable, pack_w4a16
+from kernels.input_order import in_order
 from kernels.int4_aten import AtenInt4Weight, aten_int4_linear, pack_aten_int4
 from kernels.partials import Partials
 
@@ -37,7 +38,8 @@ def pack_int4(
     """q uint8 [K, N], zeros uint8 [K/g, N], scales [K/g, N] -> what `int4_linear` multiplies by.
 
     `int8_activations` has no effect in float32 (exact) and where no int8 kernel exists.
-    `input_order` int64 [K], on GPUs: input k of q is the layer's input input_order[k].
+    `input_order` int64 [K]: input k of q is the layer's input input_order[k]. A padding row, whose
+    q is the zero point, may name any of them again, so that K exceeds the layer's inputs.
     """
     group_size = q.shape[0] // scales.shape[0]
     assert q.shape == (group_size * scales.shape[0], scales.shape[1])
@@ -45,11 +47,19 @@ def pack_int4(
     on_gpu = torch.device(device).type == "cuda" or interpreted()
     if on_gpu and is_packable(q.shape[0], group_size):
         return pack_w4a16(q, zeros, scales, dtype, device, input_order)
-    assert input_order is None
+    if device == "cpu" and group_size not in GROUP_SIZES and group_size % GROUP_SIZES[0] == 0:
+        repeats = group_size // _cpu_group_size(group_size)
+        zeros, scales = zeros.repeat_interleave(repeats, 0), scales.repeat_interleave(repeats, 0)
+        group_size //= repeats
     tiled = device == "cpu" and dtype == torch.bfloat16 and group_size in GROUP_SIZES
     if tiled and library() is not None:
-        return pack_amx_int4(q, zeros, scales, int8_activations)
-    return pack_aten_int4(q, zeros, scales, dtype, device, int8_activations)
+        return pack_amx_int4(q, zeros, scales, int8_activations, input_order)
+    return pack_aten_int4(q, zeros, scales, dtype, device, int8_activations, input_order)
+
+
+def _cpu_group_size(group_size: int) -> int:
+    """The largest that the CPU's kernels take and that divides the group's."""
+    return max(size for size in GROUP_SIZES if group_size % size == 0)
 
 
 @overload
@@ -68,13 +78,12 @@ def int4_linear(
     x: Tensor, weight: Int4Weight, bias: Tensor | None, partial: bool = False
 ) -> Tensor | Partials:
     """x [M, K] -> [M, N] in x's dtype. `partial`: Partials will do as well."""
-    assert x.shape[1] == weight.shape[1]
     if isinstance(weight, W4A16Weight):
         from kernels.gpu.w4a16 import w4a16_linear
 
-        return w4a16_linear(_in_order(x, weight), weight, bias, partial)
+        return w4a16_linear(in_order(x, weight.input_order), weight, bias, partial)
     if isinstance(weight, AmxInt4Weight):
-        return amx_int4_linear(x, weight, bias)
+        return amx_int4_linear(in_order(x, weight.input_order), weight, bias)
     return aten_int4_linear(x, weight, bias)
 
 
@@ -84,14 +93,5 @@ def int4_silu_mul(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
         from kernels.gpu.w4a16 import is_gated_best, w4a16_silu_mul
 
         if is_gated_best(x, weight):
-            return w4a16_silu_mul(_in_order(x, weight), weight, bias)
+            return w4a16_silu_mul(in_order(x, weight.input_order), weight, bias)
     return silu_mul(int4_linear(x, weight, bias, partial=True))
-
-
-def _in_order(x: Tensor, weight: W4A16Weight) -> Tensor:
-    """x by the weight's order of inputs.
-
-    A pass of its own over x, which is small where weights matter: gathered inside the product, its
-    columns could not be copied 16 bytes at a time.
-    """
-    return x if weight.input_order is None else x.index_select(1, weight.input_order)

@@ -52,12 +52,16 @@ def pack_int8(weight: Tensor) -> Int8Weight:
     """weight [N, K], any float dtype, on the CPU."""
     wide = weight.to(torch.float32, copy=True)
     scales = _scales(wide, MAX_WEIGHT)
-    values = wide.div_(scales).round_().to(torch.int8)
+    return pack_int8_values(wide.div_(scales).round_().to(torch.int8), scales.squeeze(1))
+
+
+def pack_int8_values(values: Tensor, scales: Tensor) -> Int8Weight:
+    """values int8 [N, K], scales float32 [N], on the CPU: multiplied as they are."""
     return Int8Weight(
-        packed=torch.ops.onednn.qlinear_prepack(values, [ROW_BLOCK, weight.shape[1]]),
-        scales=scales.squeeze(1),
-        zero_points=torch.zeros(len(wide), dtype=torch.int64),
-        shape=(weight.shape[0], weight.shape[1]),
+        packed=torch.ops.onednn.qlinear_prepack(values.contiguous(), [ROW_BLOCK, values.shape[1]]),
+        scales=scales,
+        zero_points=torch.zeros(len(values), dtype=torch.int64),
+        shape=(values.shape[0], values.shape[1]),
     )
 
 

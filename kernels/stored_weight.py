@@ -23,7 +23,7 @@ Weight: TypeAlias = DenseWeight | AmxInt4Weight | AtenInt4Weight | W4A16Weight |
 Form: TypeAlias = Any  # JSON
 
 # Raised with every change of a layout: of what a packed weight's bytes mean.
-PACKING_VERSION = 1
+PACKING_VERSION = 2
 
 _CLASSES = {
     kind.__name__: kind

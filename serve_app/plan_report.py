@@ -31,7 +31,7 @@ def to_json(model: str, checkpoint_bytes: int, plan: Plan) -> str:
 
 def to_text(model: str, spec: DecoderSpec, checkpoint_bytes: int, plan: Plan) -> str:
     """Head, table, how to read it, and the verdict."""
-    form = f"int4 in groups of {spec.awq.group_size}" if spec.awq else spec.dtype
+    form = spec.quantization.description if spec.quantization else spec.dtype
     bandwidth = plan.memory.bandwidth
     speed = "" if bandwidth is None else f" at {bandwidth / 1e9:g} GB/s"
     return "\n".join(

@@ -180,16 +180,16 @@ def test_pickle_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "quant_method 'gptq' is not supported"),
-        ({"quant_method": "compressed-tensors"}, "allowed: awq (version gemm)"),
-        ({"quant_method": "fp8"}, "quant_method 'fp8'"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quant_method 'bitsandbytes'"),
-        ({"bits": 4, "group_size": 16, "desc_act": False}, "quant_method 'gptq'"),
+        ({"quant_method": "aqlm", "bits": 4}, "quant_method 'aqlm' is not supported; allowed: awq"),
         ({"bits": 4, "group_size": 16}, "quant_method 'unknown'"),
-        ({"quant_method": "awq", "version": "gemv", "bits": 4}, "version must be gemm"),
+        (
+            {"quant_method": "awq", "version": "gemv_fast", "bits": 4},
+            "version must be one of gemm, gemv",
+        ),
         ({"quant_method": "awq", "bits": 8, "group_size": 16}, "bits must be 4, got 8"),
         ({"quant_method": "awq", "bits": 4}, "'group_size' is missing"),
-        ({"quant_method": "awq", "bits": 4, "group_size": -1}, "group_size must be an integer"),
+        ({"quant_method": "awq", "bits": 4, "group_size": -2}, "group_size must be an integer"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 0}, "or -1 for one group of all"),
         (
             {"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": False},
             "zero_point must be true",
@@ -204,7 +204,7 @@ def test_pickle_weights(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_quantization_that_is_not_awq_gemm(
+def test_quantization_that_cannot_be_read(
     settings: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     copy_model(tiny_model("llama", 16, **ODD), tmp_path).edit_config(quantization_config=settings)

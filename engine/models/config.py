@@ -24,7 +24,7 @@ def load_spec(path: str | Path) -> DecoderSpec:
         raise CheckpointError(f"{path} is not a directory; give a local checkpoint directory")
     config = HFConfig(read_json(path / "config.json"), str(path / "config.json"))
     spec = _build_spec(config)
-    return replace(spec, awq=read_quantization(path, config))
+    return replace(spec, quantization=read_quantization(path, config))
 
 
 def resolve_dtype(requested: str, spec: DecoderSpec, device: str) -> torch.dtype:

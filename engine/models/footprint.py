@@ -4,6 +4,7 @@ Runs the loader's own cutting and packing (RankWeights) over tensors of shapes w
 that there is no second account of it to keep true.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeAlias, cast
@@ -19,13 +20,23 @@ from engine.models.sharding import Shard, check_pp, check_tp
 from engine.models.spec import DecoderSpec
 from engine.weights.checkpoint import ALL, Checkpoint
 from engine.weights.matrix import Int4Matrix
-from engine.weights.stored import Piece
-from kernels.dense_linear import multiplies_bf16
+from engine.weights.stored import Piece, StoredLinear
+from kernels.dense_linear import multiplies_bf16, pack_dense
 from kernels.gpu.w4a16_pack import W4A16Weight
 from kernels.int4_aten import AtenInt4Weight
-from kernels.int4_linear import Int4Weight, pack_int4
+from kernels.int4_linear import pack_int4
 
-Shape: TypeAlias = tuple[int, int, int]  # inputs, outputs, group size
+# Inputs, with those that fill groups up; outputs; group size, 0: dense.
+Shape: TypeAlias = tuple[int, int, int]
+# By safetensors' names; the others are of the checkpoint's float dtype.
+DTYPES = {
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F32": torch.float32,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,37 +96,47 @@ class _Shapes:
 
     def read(self, name: str, rows: slice = ALL, columns: slice = ALL) -> Tensor:
         expected = self.tensors[name]
-        dtype = getattr(torch, self._spec.dtype)
-        if expected.dtypes == ("I32",):
-            dtype = torch.int32
-        elif name.endswith(".scales"):
+        dtype = DTYPES.get(expected.dtypes[0], getattr(torch, self._spec.dtype))
+        if name.endswith(".scales"):
             dtype = torch.float16
-        value = torch.empty(expected.shape, dtype=dtype, device="meta")
+        shape = [max(0, size) for size in expected.shape]  # of any length: some bytes of JSON
+        value = torch.empty(shape, dtype=dtype, device="meta")
         return value[rows, columns] if value.dim() == 2 else value[rows]
+
+    read_finite = read
 
 
 class _Rank(RankWeights):
-    """Without unpacking what the checkpoint's words would hold, and packing each shape once."""
+    """Without reading and unpacking what the checkpoint would hold, and packing each shape once."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._packed: dict[Shape, Int4Weight] = {}
+        self._packed: dict[Shape, Any] = {}
 
     def _weight(self, pieces: list[Piece], inputs: slice) -> Any:
-        group_size = pieces[0].stored.group_size
-        if group_size is None or any(piece.stored.group_size is None for piece in pieces):
-            return super()._weight(pieces, inputs)
         num_outputs = sum(piece.stop - piece.start for piece in pieces)
-        shape = inputs.stop - inputs.start, num_outputs, group_size
-        return self._int4(shape)
-
-    def _int4(self, shape: Shape) -> Any:
+        forms = [piece.stored.format.int4_shape(piece.part(inputs)) for piece in pieces]
+        int4 = [form for form in forms if form is not None]
+        if len(int4) < len(forms):
+            shape = inputs.stop - inputs.start, num_outputs, 0
+        else:
+            shape = int4[0][0], num_outputs, math.gcd(*(size for _, size in int4))
         if shape not in self._packed:
-            matrix = _int4_matrix(shape)
-            self._packed[shape] = pack_int4(
-                matrix.q, matrix.zeros, matrix.scales, self._dtype, self._device
-            )
+            self._packed[shape] = self._pack(shape, padded=shape[0] > inputs.stop - inputs.start)
         return self._packed[shape]
+
+    def _pack(self, shape: Shape, padded: bool) -> Any:
+        num_inputs, num_outputs, group_size = shape
+        if not group_size:
+            return pack_dense(torch.empty(num_outputs, num_inputs, dtype=self._dtype))
+        matrix = _int4_matrix(shape)
+        order = torch.empty(num_inputs, dtype=torch.int64) if padded else None
+        return pack_int4(
+            matrix.q, matrix.zeros, matrix.scales, self._dtype, self._device, input_order=order
+        )
+
+    def _vocab_rows(self, table: StoredLinear) -> Tensor:
+        return torch.empty(len(self._shard.vocab), table.in_features, dtype=self._dtype)
 
 
 def _int4_matrix(shape: Shape) -> Int4Matrix:

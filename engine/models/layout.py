@@ -4,10 +4,21 @@ from dataclasses import dataclass
 
 from engine.models.spec import DecoderSpec
 from engine.weights.checkpoint import ExpectedTensor
+from engine.weights.formats.dense import DenseFormat
+from engine.weights.formats.weight_format import WeightFormat
 from engine.weights.stored import Piece, StoredLinear
 
-# Written by old exporters, derived from the config, never read.
-HARMLESS = ("rotary_emb.inv_freq",)
+# Never read. The first is derived from the config. The others are scales with which activations,
+# keys and values would be rounded: activations keep 16 bits, the cache has its own quant_policy.
+HARMLESS = (
+    "rotary_emb.inv_freq",
+    ".input_scale",
+    ".input_zero_point",
+    ".output_scale",
+    ".output_zero_point",
+    ".k_scale",
+    ".v_scale",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +30,9 @@ class LayerLinears:
     gate: StoredLinear
     up: StoredLinear
     down: StoredLinear
+
+    def all(self) -> tuple[StoredLinear, ...]:
+        return (*self.qkv, self.o, self.gate, self.up, self.down)
 
 
 def layer_prefix(spec: DecoderSpec, layer: int) -> str:
@@ -32,9 +46,7 @@ def layer_linears(spec: DecoderSpec, layer: int) -> LayerLinears:
 
     def stored(name: str, out_features: int, in_features: int, bias: bool) -> StoredLinear:
         module = prefix + name
-        int4 = spec.awq is not None and spec.awq.converts(module)
-        group_size = spec.awq.group_size if spec.awq is not None and int4 else None
-        return StoredLinear(module, out_features, in_features, bias, group_size)
+        return StoredLinear(module, out_features, in_features, bias, _format_of(spec, module))
 
     sizes = (q_size, kv_size, kv_size) if len(names.qkv) == 3 else (q_size + 2 * kv_size,)
     return LayerLinears(
@@ -47,6 +59,16 @@ def layer_linears(spec: DecoderSpec, layer: int) -> LayerLinears:
         up=stored(names.up, inner, hidden, spec.mlp_bias),
         down=stored(names.down, hidden, inner, spec.mlp_bias),
     )
+
+
+def head_linear(spec: DecoderSpec) -> StoredLinear:
+    """The head, where the checkpoint holds one of its own."""
+    module = spec.names.head
+    return StoredLinear(module, spec.vocab_size, spec.hidden_size, False, _format_of(spec, module))
+
+
+def _format_of(spec: DecoderSpec, module: str) -> WeightFormat:
+    return DenseFormat() if spec.quantization is None else spec.quantization.format_of(module)
 
 
 def qkv_pieces(
@@ -75,14 +97,23 @@ def expected_tensors(spec: DecoderSpec, head: bool) -> dict[str, ExpectedTensor]
     table = ExpectedTensor((spec.vocab_size, spec.hidden_size))
     expected = {f"{names.embed}.weight": table, f"{names.norm}.weight": hidden}
     if head:
-        expected[f"{names.head}.weight"] = table
+        expected |= head_linear(spec).tensors()
     for layer in range(spec.num_layers):
-        prefix, linears = layer_prefix(spec, layer), layer_linears(spec, layer)
+        prefix = layer_prefix(spec, layer)
         expected[f"{prefix}{names.input_norm}.weight"] = hidden
         expected[f"{prefix}{names.post_attention_norm}.weight"] = hidden
         if spec.qk_norm:
             for name in (names.q_norm, names.k_norm):
                 expected[f"{prefix}{name}.weight"] = ExpectedTensor((spec.head_dim,))
-        for linear in (*linears.qkv, linears.o, linears.gate, linears.up, linears.down):
+        for linear in layer_linears(spec, layer).all():
             expected |= linear.tensors()
     return expected
+
+
+def optional_tensors(spec: DecoderSpec) -> dict[str, ExpectedTensor]:
+    """What it may hold besides."""
+    found = head_linear(spec).optional()
+    for layer in range(spec.num_layers):
+        for linear in layer_linears(spec, layer).all():
+            found |= linear.optional()
+    return found

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.errors import CheckpointError
 from engine.models.decoder import MLP, Attention, Decoder, DecoderLayer
-from engine.models.layout import HARMLESS, expected_tensors
+from engine.models.layout import HARMLESS, expected_tensors, optional_tensors
 from engine.models.linear import (
     GatedLinear,
     Linear,
@@ -24,7 +24,7 @@ from engine.models.linear import (
     VocabParallelEmbedding,
     VocabParallelHead,
 )
-from engine.models.rank_weights import Named, RankWeights
+from engine.models.rank_weights import Named, RankWeights, has_head
 from engine.models.rope import rotary_table
 from engine.models.sharding import Shard, check_pp, check_tp
 from engine.models.spec import DecoderSpec
@@ -121,9 +121,9 @@ class _Source:
             raise self._out_of_reach()
         path, spec = Path(self._origin.checkpoint), self._spec
         with Checkpoint(path) as checkpoint:
-            stored = f"{spec.names.head}.weight" in checkpoint.tensors
-            own_head = not spec.tie_word_embeddings or stored
-            checkpoint.verify(expected_tensors(spec, head=own_head), HARMLESS)
+            own_head = not spec.tie_word_embeddings or has_head(checkpoint, spec)
+            expected = expected_tensors(spec, head=own_head)
+            checkpoint.verify(expected, HARMLESS, optional_tensors(spec))
             yield from RankWeights(checkpoint, spec, self._shard, *self._packing)
         if weights_fingerprint(path) != self._origin.files:
             raise CheckpointError(f"{path} changed while it was read; start again when it is whole")

@@ -15,18 +15,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.models.layout import layer_linears, layer_prefix, qkv_pieces
+from engine.models.layout import head_linear, layer_linears, layer_prefix, qkv_pieces
 from engine.models.sharding import Shard
 from engine.models.spec import DecoderSpec
 from engine.weights.checkpoint import Checkpoint
-from engine.weights.matrix import Int4Matrix
+from engine.weights.formats.dense import DenseFormat
+from engine.weights.matrix import Int4Matrix, W8Matrix
 from engine.weights.packed_file import Packed
-from engine.weights.stored import Piece, read_bias, read_weight
+from engine.weights.stored import Piece, StoredLinear, read_bias, read_weight, to_dense
 from kernels.dense_linear import DenseWeight, pack_dense
-from kernels.int4_linear import Int4Weight, pack_int4
-from kernels.int8_linear import has_int8_kernel, pack_int8
+from kernels.int4_linear import pack_int4
+from kernels.int8_linear import has_int8_kernel, pack_int8, pack_int8_values
+from kernels.stored_weight import Weight
 
 Named = tuple[str, Packed]
+
+
+def has_head(checkpoint: Checkpoint, spec: DecoderSpec) -> bool:
+    """Whether the checkpoint holds a head of its own."""
+    return any(name in checkpoint.tensors for name in head_linear(spec).tensors())
 
 
 class RankWeights:
@@ -58,19 +65,18 @@ class RankWeights:
 
     def _tables(self) -> Iterator[Named]:
         spec, shard, embed = self._spec, self._shard, None
-        embed_name, head_name = f"{spec.names.embed}.weight", f"{spec.names.head}.weight"
         if shard.is_first:
-            embed = self._vocab_rows(embed_name)
+            embed = self._vocab_rows(self._embedding())
             yield "embed", embed
         if not shard.is_last:
             return
-        if head_name in self._checkpoint.tensors:
-            head = self._vocab_rows(head_name)
+        if has_head(self._checkpoint, spec):
+            head = self._vocab_rows(head_linear(spec))
             # Some exporters store the tied matrix twice; a head that differs is its own.
             if embed is not None and spec.tie_word_embeddings and torch.equal(head, embed):
                 head = embed
         else:
-            head = self._vocab_rows(embed_name) if embed is None else embed
+            head = self._vocab_rows(self._embedding()) if embed is None else embed
         # int8 where int8 rows are allowed: a bf16 head is a quarter of a small model's step.
         int8 = self._int8_activations and has_int8_kernel(self._device, self._dtype)
         packed = pack_int8(head) if int8 else pack_dense(head)
@@ -103,7 +109,7 @@ class RankWeights:
         if bias is not None:
             yield f"{name}.bias", self._place(bias)
 
-    def _weight(self, pieces: list[Piece], inputs: slice) -> DenseWeight | Int4Weight:
+    def _weight(self, pieces: list[Piece], inputs: slice) -> Weight:
         weight = read_weight(self._checkpoint, pieces, inputs, self._dtype)
         if isinstance(weight, Int4Matrix):
             return pack_int4(
@@ -113,13 +119,23 @@ class RankWeights:
                 self._dtype,
                 self._device,
                 self._int8_activations,
+                weight.input_order,
             )
-        return pack_dense(self._place(weight))
+        int8 = self._int8_activations and has_int8_kernel(self._device, self._dtype)
+        if int8 and isinstance(weight, W8Matrix) and weight.q.dtype == torch.int8:
+            return pack_int8_values(weight.q, weight.scales)
+        return pack_dense(self._place(to_dense(weight)))
 
-    def _vocab_rows(self, name: str) -> Tensor:
+    def _embedding(self) -> StoredLinear:
+        spec = self._spec
+        name, rows, columns = spec.names.embed, spec.vocab_size, spec.hidden_size
+        return StoredLinear(name, rows, columns, bias=False, format=DenseFormat())
+
+    def _vocab_rows(self, table: StoredLinear) -> Tensor:
         """The rank's rows of a [V, H] table, zeros where they are padding."""
-        ids, vocab_size = self._shard.vocab, self._spec.vocab_size
-        rows = self._checkpoint.read(name, slice(min(ids.start, vocab_size), ids.stop))
+        ids, (vocab_size, size) = self._shard.vocab, (table.out_features, table.in_features)
+        piece = Piece(table, min(ids.start, vocab_size), min(ids.stop, vocab_size))
+        rows = to_dense(read_weight(self._checkpoint, [piece], slice(0, size), self._dtype))
         padding = len(ids) - rows.shape[0]
         return self._place(F.pad(rows, (0, 0, 0, padding)) if padding else rows)
 
@@ -131,7 +147,7 @@ class RankWeights:
         return torch.stack([q_norm] * len(shard.heads) + [k_norm] * len(shard.kv_heads))
 
     def _vector(self, name: str) -> Tensor:
-        return self._place(self._checkpoint.read(name))
+        return self._place(self._checkpoint.read_finite(name))
 
     def _place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._device, self._dtype)

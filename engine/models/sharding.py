@@ -76,16 +76,6 @@ def _obstacle(spec: DecoderSpec, tp: int) -> str | None:
         return f"its {spec.num_kv_heads} kv heads neither split over {tp} ranks nor repeat evenly"
     if spec.intermediate_size % tp:
         return f"its intermediate_size {spec.intermediate_size} is no multiple of {tp}"
-    if spec.awq is None or tp == 1:
-        return None
-    # Row-parallel int4 linears are cut along K, where a group shares one scale.
-    group_size = spec.awq.group_size
-    for name, size in (
-        ("o_proj", spec.num_heads * spec.head_dim),
-        ("down_proj", spec.intermediate_size),
-    ):
-        if size // tp % group_size:
-            return f"{name}'s {size} inputs over {tp} ranks would cut a group of {group_size}"
     return None
 
 

@@ -4,20 +4,21 @@ It knows shapes, options and checkpoint names; nothing about files, tensors or r
 """
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from engine.models.rope import Rope
+from engine.weights.formats.weight_format import WeightFormat
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AwqSpec:
-    """AWQ "gemm" weights: 4 bits, one scale and zero per `group_size` inputs and output."""
+class Quantization(Protocol):
+    """Which module of a checkpoint is stored in which format. Its repr tells it from any other."""
 
-    group_size: int
-    modules_to_not_convert: tuple[str, ...] = ()
+    @property
+    def description(self) -> str:
+        """For people: "int4 in groups of 128"."""
 
-    def converts(self, module: str) -> bool:
-        """Whether the linear of this name is stored as int4 (names match by substring)."""
-        return not any(part in module for part in self.modules_to_not_convert)
+    def format_of(self, module: str) -> WeightFormat:
+        """Of the linear of this name, as the checkpoint names it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,5 +74,5 @@ class DecoderSpec:
     qk_norm: bool = False
     tie_word_embeddings: bool = False
     dtype: str = "bfloat16"  # of the checkpoint's dense tensors, as its config says
-    awq: AwqSpec | None = None
+    quantization: Quantization | None = None  # None: every linear is dense
     names: WeightNames = field(default_factory=WeightNames)

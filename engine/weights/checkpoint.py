@@ -1,8 +1,8 @@
 """Checkpoint: the tensors of a safetensors checkpoint by name, whole or in slices.
 
 Reads one `model.safetensors`, or the files named by `model.safetensors.index.json`. Headers are
-compared with what a model expects before any weight is read. It knows nothing of models, formats
-or ranks; values (NaN and the like) are not looked at.
+compared with what a model expects before any weight is read; `read_finite` refuses NaN and
+infinity. It knows nothing of models, formats or ranks.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -25,10 +26,24 @@ FLOATS = ("BF16", "F16", "F32")
 ALL = slice(None)
 
 
+ANY_LENGTH = -1
+
+
 @dataclass(frozen=True, slots=True)
 class ExpectedTensor:
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # (1,) stands for () too; ANY_LENGTH for any number
     dtypes: tuple[str, ...] = FLOATS  # safetensors' names
+    hint: str = ""  # what to look at when the shape is another
+
+    def fits(self, found: "StoredTensor") -> bool:
+        shape = found.shape if self.shape != (1,) or found.shape else (1,)
+        return (
+            found.dtype in self.dtypes
+            and len(shape) == len(self.shape)
+            and all(
+                want in (have, ANY_LENGTH) for want, have in zip(self.shape, shape, strict=True)
+            )
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,25 +81,35 @@ class Checkpoint:
     ) -> None:
         self._stack.close()
 
-    def verify(self, expected: Mapping[str, ExpectedTensor], harmless: Iterable[str] = ()) -> None:
+    def verify(
+        self,
+        expected: Mapping[str, ExpectedTensor],
+        harmless: Iterable[str] = (),
+        optional: Mapping[str, ExpectedTensor] | None = None,
+    ) -> None:
         """Every expected tensor exists with its shape and dtype, and nothing else does.
 
-        `harmless` are the endings of names that may be there without being used.
+        Optional ones have theirs if they exist; `harmless` are the endings of names that may be
+        there without being used.
         """
-        for name, want in expected.items():
+        optional = optional or {}
+        for name, want in (dict(optional) | dict(expected)).items():
             if name not in self.tensors:
+                if name not in expected:
+                    continue
                 raise CheckpointError(
                     f"{self.path}: the tensor {name} {list(want.shape)} is missing"
                 )
             found = self.tensors[name]
-            if found.shape != want.shape or found.dtype not in want.dtypes:
+            if not want.fits(found):
                 raise CheckpointError(
                     f"{self.path / found.file}: the tensor {name} should be {list(want.shape)} "
                     f"of {' or '.join(want.dtypes)}, found {list(found.shape)} of {found.dtype}"
+                    + (f"; {want.hint}" if want.hint else "")
                 )
         endings = tuple(harmless)
         for name, found in self.tensors.items():
-            if name not in expected and not name.endswith(endings):
+            if name not in expected and name not in optional and not name.endswith(endings):
                 raise CheckpointError(
                     f"{self.path / found.file}: the tensor {name} {list(found.shape)} has no "
                     "place in this architecture"
@@ -93,10 +118,27 @@ class Checkpoint:
     def read(self, name: str, rows: slice = ALL, columns: slice = ALL) -> Tensor:
         """A copy of the tensor, or of its part; only the pages of that part are read."""
         stored = self.tensors[name]
+        if not stored.shape:
+            scalar: Tensor = self._handles[stored.file].get_tensor(name)
+            return scalar.reshape(1)
         part = self._handles[stored.file].get_slice(name)
         value: Tensor = part[rows, columns] if len(stored.shape) == 2 else part[rows]
         # A view of the mapping would keep the file's pages, and its mercy, for ever.
         return value.clone()
+
+    def read_finite(self, name: str, rows: slice = ALL, columns: slice = ALL) -> Tensor:
+        """`read`, of floats; CheckpointError when one of them is NaN or infinite."""
+        value = self.read(name, rows, columns)
+        # The sum tells at the speed of memory; only one that is not finite needs a closer look,
+        # because large values may overflow it.
+        wide = value.float() if value.element_size() == 1 else value
+        if not wide.sum(dtype=torch.float32).isfinite() and not wide.isfinite().all():
+            bad = int((~wide.isfinite()).sum())
+            raise CheckpointError(
+                f"{self.path / self.tensors[name].file}: the tensor {name} holds {bad} values that "
+                "are NaN or infinite; fetch or export the checkpoint again"
+            )
+        return value
 
     def _open_file(self, file: str, file_of: Mapping[str, str]) -> None:
         path = self.path / file

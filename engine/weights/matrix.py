@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.input_order import in_own_order
+
 
 @dataclass(frozen=True, slots=True)
 class Int4Matrix:
@@ -33,6 +35,13 @@ class Int4Matrix:
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
         return self.q.shape[1], self.q.shape[0]
+
+    def dequantize(self) -> Tensor:
+        """float32 [N, K], the inputs in their own order and without padding."""
+        groups = self.q.float().view(len(self.scales), -1, self.q.shape[1])
+        groups = (groups - self.zeros.float().unsqueeze(1)) * self.scales.float().unsqueeze(1)
+        weight = groups.flatten(0, 1).t().contiguous()
+        return in_own_order(weight, self.input_order)
 
 
 @dataclass(frozen=True, slots=True)

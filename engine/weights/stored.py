@@ -1,52 +1,44 @@
-"""Linears as they are stored, and reading a part of one: dense [N, K] or AWQ "gemm"."""
+"""Linears as they are stored, and reading parts of them side by side, as one matrix."""
 
+import logging
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from engine.errors import CheckpointError
-from engine.weights.awq import NIBBLES_PER_WORD, dequantize, unpack_awq
 from engine.weights.checkpoint import Checkpoint, ExpectedTensor
-from engine.weights.matrix import Int4Matrix
+from engine.weights.formats.groups import side_by_side
+from engine.weights.formats.weight_format import Part, WeightFormat
+from engine.weights.matrix import Int4Matrix, Matrix, W8Matrix
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredLinear:
-    """One linear of a checkpoint; without a group_size it is dense."""
+    """One linear of a checkpoint; CheckpointError when its format cannot hold its sizes."""
 
     module: str
     out_features: int
     in_features: int
     bias: bool
-    group_size: int | None
+    format: WeightFormat
 
     def __post_init__(self) -> None:
-        if self.group_size is None:
-            return
-        if self.in_features % self.group_size:
-            raise CheckpointError(
-                f"{self.module}: {self.in_features} inputs are not a multiple of AWQ's "
-                f"group_size {self.group_size}"
-            )
-        if self.out_features % NIBBLES_PER_WORD:
-            raise CheckpointError(
-                f"{self.module}: {self.out_features} outputs are not a multiple of "
-                f"{NIBBLES_PER_WORD}, the number AWQ packs into a word"
-            )
+        self.format.check(self.module, self.out_features, self.in_features)
 
     def tensors(self) -> dict[str, ExpectedTensor]:
         """Its tensors by name."""
-        n, k = self.out_features, self.in_features
-        found = {f"{self.module}.bias": ExpectedTensor((n,))} if self.bias else {}
-        if self.group_size is None:
-            return found | {f"{self.module}.weight": ExpectedTensor((n, k))}
-        words, groups = n // NIBBLES_PER_WORD, k // self.group_size
-        return found | {
-            f"{self.module}.qweight": ExpectedTensor((k, words), ("I32",)),
-            f"{self.module}.qzeros": ExpectedTensor((groups, words), ("I32",)),
-            f"{self.module}.scales": ExpectedTensor((groups, n)),
-        }
+        found = {f"{self.module}.bias": ExpectedTensor((self.out_features,))} if self.bias else {}
+        return found | self._named(self.format.tensors(self.out_features, self.in_features))
+
+    def optional(self) -> dict[str, ExpectedTensor]:
+        """Those that may be there, by name."""
+        return self._named(self.format.optional(self.out_features, self.in_features))
+
+    def _named(self, tensors: dict[str, ExpectedTensor]) -> dict[str, ExpectedTensor]:
+        return {f"{self.module}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,58 +49,66 @@ class Piece:
     start: int
     stop: int
 
+    def part(self, inputs: slice) -> Part:
+        stored, rows = self.stored, slice(self.start, self.stop)
+        return Part(stored.module, stored.out_features, stored.in_features, rows, inputs)
+
 
 def read_bias(checkpoint: Checkpoint, pieces: list[Piece]) -> Tensor | None:
     """The pieces' biases end to end; None when they have none."""
-    parts = [
-        checkpoint.read(f"{piece.stored.module}.bias", slice(piece.start, piece.stop))
-        for piece in pieces
-        if piece.stored.bias
-    ]
+    parts = []
+    for piece in pieces:
+        name = f"{piece.stored.module}.bias"
+        if not piece.stored.bias and name not in checkpoint.tensors:
+            continue
+        part = checkpoint.read_finite(name, slice(piece.start, piece.stop))
+        if piece.stored.bias:
+            parts.append(part)
+        elif part.any():
+            raise CheckpointError(
+                f"{checkpoint.path}: the tensor {name} is not zero, but this architecture has no "
+                "such bias; set attention_bias or mlp_bias in config.json if the model has"
+            )
     return torch.cat(parts) if parts else None
 
 
 def read_weight(
     checkpoint: Checkpoint, pieces: list[Piece], inputs: slice, dtype: torch.dtype
-) -> Tensor | Int4Matrix:
+) -> Matrix:
     """The pieces side by side along N, restricted to the input features `inputs`.
 
-    All int4 gives an Int4Matrix; a dense piece among them makes the result dense, [N, K].
+    Pieces of one form keep it, int8 with int8 and int4 with int4 whose inputs are in one order;
+    others together are dense, [N, K] of `dtype`.
     """
-    if all(piece.stored.group_size is not None for piece in pieces):
-        parts = [_read_int4(checkpoint, piece, inputs) for piece in pieces]
-        if len(parts) == 1:
-            return parts[0]
-        return Int4Matrix(
-            torch.cat([part.q for part in parts], dim=1),
-            torch.cat([part.zeros for part in parts], dim=1),
-            torch.cat([part.scales for part in parts], dim=1),
-        )
-    dense = [_read_dense(checkpoint, piece, inputs).to(dtype) for piece in pieces]
+    parts = [piece.stored.format.read(checkpoint, piece.part(inputs)) for piece in pieces]
+    int4 = [part for part in parts if isinstance(part, Int4Matrix)]
+    if len(int4) == len(parts):
+        matrix = side_by_side(int4)
+        if matrix is not None:
+            return matrix
+        _warn_of_orders(pieces, dtype)
+    int8 = [part for part in parts if isinstance(part, W8Matrix) and part.q.dtype == torch.int8]
+    if len(int8) == len(parts):
+        return W8Matrix(torch.cat([m.q for m in int8]), torch.cat([m.scales for m in int8]))
+    dense = [to_dense(part).to(dtype) for part in parts]
     return torch.cat(dense) if len(dense) > 1 else dense[0]
 
 
-def _read_dense(checkpoint: Checkpoint, piece: Piece, inputs: slice) -> Tensor:
-    if piece.stored.group_size is not None:
-        matrix = _read_int4(checkpoint, piece, inputs)
-        return dequantize(matrix.q, matrix.zeros, matrix.scales).t().contiguous()
-    rows = slice(piece.start, piece.stop)
-    return checkpoint.read(f"{piece.stored.module}.weight", rows, inputs)
+def read_dense(checkpoint: Checkpoint, linear: StoredLinear) -> Tensor:
+    """The whole linear, dequantised: float32 [N, K]."""
+    whole = Piece(linear, 0, linear.out_features).part(slice(0, linear.in_features))
+    return to_dense(linear.format.read(checkpoint, whole)).float()
 
 
-def _read_int4(checkpoint: Checkpoint, piece: Piece, inputs: slice) -> Int4Matrix:
-    module, group_size = piece.stored.module, piece.stored.group_size
-    assert group_size is not None
-    assert inputs.start % group_size == 0
-    assert inputs.stop % group_size == 0
-    groups = slice(inputs.start // group_size, inputs.stop // group_size)
-    # Read whole words, cut to the piece after unpacking: a head of 20 or 12 ends within a word.
-    words = slice(piece.start // NIBBLES_PER_WORD, -(-piece.stop // NIBBLES_PER_WORD))
-    q, zeros = unpack_awq(
-        checkpoint.read(f"{module}.qweight", inputs, words),
-        checkpoint.read(f"{module}.qzeros", groups, words),
+def to_dense(matrix: Matrix) -> Tensor:
+    """[N, K]; dequantised ones in float32."""
+    return matrix if isinstance(matrix, Tensor) else matrix.dequantize()
+
+
+def _warn_of_orders(pieces: list[Piece], dtype: torch.dtype) -> None:
+    logger.warning(
+        "%s share their input but have act-orders of their own, so they are kept dequantised: "
+        "%d times the memory of int4",
+        " and ".join(dict.fromkeys(piece.stored.module for piece in pieces)),
+        2 * dtype.itemsize,
     )
-    first = piece.start - words.start * NIBBLES_PER_WORD
-    columns = slice(first, first + piece.stop - piece.start)
-    scales = checkpoint.read(f"{module}.scales", groups, slice(piece.start, piece.stop))
-    return Int4Matrix(q[:, columns], zeros[:, columns], scales)

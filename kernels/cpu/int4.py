@@ -37,11 +37,16 @@ class AmxInt4Weight:
     zeros: Tensor
     group_size: int
     int8_activations: bool
+    input_order: Tensor | None  # int64 [K]: the rows are to come in this order of inputs
     shape: tuple[int, int]  # (N, K)
 
 
 def pack_amx_int4(
-    q: Tensor, zeros: Tensor, scales: Tensor, int8_activations: bool
+    q: Tensor,
+    zeros: Tensor,
+    scales: Tensor,
+    int8_activations: bool,
+    input_order: Tensor | None = None,
 ) -> AmxInt4Weight:
     """q uint8 [K, N], zeros uint8 [K/g, N], scales [K/g, N]; g of GROUP_SIZES."""
     (num_inputs, num_outputs), groups = q.shape, scales.shape[0]
@@ -56,15 +61,17 @@ def pack_amx_int4(
         zeros=_by_panels(zeros),
         group_size=group_size,
         int8_activations=int8_activations,
+        input_order=input_order,
         shape=(num_outputs, num_inputs),
     )
 
 
 def amx_int4_linear(x: Tensor, weight: AmxInt4Weight, bias: Tensor | None) -> Tensor:
-    """x bf16 [M, K], rows dense -> [M, N]."""
+    """x bf16 [M, K] in the weight's order of inputs, rows dense -> [M, N]."""
     native = library()
     assert native is not None
     num_outputs, num_inputs = weight.shape
+    assert x.shape[1] == num_inputs
     assert x.dtype == torch.bfloat16, x.dtype
     assert x.stride(1) == 1
     if bias is not None:

@@ -1,0 +1,1 @@
+"""How linears are stored: one module per format, each to and from engine/weights/matrix.py."""
