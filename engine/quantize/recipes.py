@@ -49,7 +49,7 @@ def awq(
     search_scale: bool = True,
     skip: tuple[str, ...] = (),
 ) -> Recipe:
-    method = Awq(group_size=group_size, symmetric=symmetric, search_scale=search_scale)
+    method = Awq(group_size=group_size, symmetric=symmetric, search_scale=search_scale, skip=skip)
     return Recipe("awq", method, _int4(output_format, group_size, symmetric, skip), True)
 
 
@@ -67,7 +67,11 @@ def gptq(
         raise ConfigError(f"--damp must be a share between 0 and 1, got {damping}")
     output = _int4(output_format, group_size, symmetric, skip, act_order=desc_act)
     method = Gptq(
-        group_size=group_size, symmetric=symmetric, static_groups=not desc_act, damping=damping
+        group_size=group_size,
+        symmetric=symmetric,
+        static_groups=not desc_act,
+        damping=damping,
+        skip=skip,
     )
     return Recipe("gptq", method, output, True)
 
@@ -79,7 +83,7 @@ def rtn(
     *,
     skip: tuple[str, ...] = (),
 ) -> Recipe:
-    method = Rtn(group_size=group_size, symmetric=symmetric)
+    method = Rtn(group_size=group_size, symmetric=symmetric, skip=skip)
     return Recipe("rtn", method, _int4(output_format, group_size, symmetric, skip), False)
 
 
@@ -87,14 +91,16 @@ def smooth_quant(
     kind: Literal["int8", "fp8"], alpha: float, *, skip: tuple[str, ...] = ()
 ) -> Recipe:
     output = Output(format=COMPRESSED, kind=kind, symmetric=True, skip=skip)
-    return Recipe("smooth_quant", SmoothQuant(kind=kind, alpha=alpha), output, True)
+    method = SmoothQuant(kind=kind, alpha=alpha, skip=skip)
+    return Recipe("smooth_quant", method, output, True)
 
 
 def prune(
     pattern: str, method: Literal["wanda", "sparsegpt"], *, skip: tuple[str, ...] = ()
 ) -> Recipe:
     output = Output(format="dense", kind="dense", skip=skip)
-    return Recipe("prune", Prune(pattern=Pattern.parse(pattern), method=method), output, True)
+    pruner = Prune(pattern=Pattern.parse(pattern), method=method, skip=skip)
+    return Recipe("prune", pruner, output, True)
 
 
 def on_load(quantize: Quantize, spec: DecoderSpec) -> Recipe:
