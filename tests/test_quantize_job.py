@@ -124,8 +124,13 @@ def test_what_is_skipped_stays_dense(name: str, family: str, tmp_path: Path) -> 
     """AWQ and SmoothQuant fold scales into it all the same."""
     model = tiny_model(family, **SIZES)
     parts = ("v_proj", "down_proj") if family == "llama" else ("wqkv", "w2")
-    output = replace(RECIPES[name].output, skip=("layers.1.", *parts))
-    recipe = replace(RECIPES[name], output=output)
+    skip: Any = {"skip": ("layers.1.", *parts)}
+    recipe = {
+        "awq": recipes.awq(GROUP, False, **skip),
+        "gptq in order": recipes.gptq(GROUP, True, desc_act=True, **skip),
+        "compressed": recipes.rtn(GROUP, True, "compressed-tensors", **skip),
+        "int8": recipes.smooth_quant("int8", 0.5, **skip),
+    }[name]
     make_job(model.path, tmp_path / "out", recipe).run()
     stored = tensors_of(tmp_path / "out")
     dense = [

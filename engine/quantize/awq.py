@@ -36,18 +36,19 @@ class Awq:
     symmetric: bool = False
     search_scale: bool = True
     clip: bool = True
+    skip: tuple[str, ...] = ()
 
     def quantize_layer(self, layer: DenseLayer, calibration: Calibration) -> LayerResult:
-        progress = LayerPass(layer)
-        for stage, roles in STAGES.items():
-            statistics = calibration.statistics(layer, stage)
-            weights = {role: layer.weights[role].float() for role in roles}
-            fold = Fold(layer, stage, progress.linears)
-            scale = self.best_scale(weights, statistics, fold)
-            fold.apply(scale)
-            channels = fold.expand(scale)
-            weights = {role: weight * channels for role, weight in weights.items()}
-            statistics = statistics.scaled(1 / channels)
+        progress = LayerPass(layer, self.skip)
+        for stage in STAGES:
+            statistics, weights = calibration.statistics(layer, stage), progress.weights(stage)
+            fold = Fold.of(progress, stage)
+            if fold is not None:
+                scale = self.best_scale(weights, statistics, fold)
+                fold.apply(scale)
+                channels = fold.expand(scale)
+                weights = {role: weight * channels for role, weight in weights.items()}
+                statistics = statistics.scaled(1 / channels)
             matrices = {
                 role: self.quantize(role, weight, statistics) for role, weight in weights.items()
             }

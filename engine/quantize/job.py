@@ -9,7 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, cast
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from engine.errors import CheckpointError
 from engine.quantize.assemble import assemble, kept_tensors, stored_bytes
 from engine.quantize.files import LazyTensor, disk_errors
-from engine.quantize.layer import ROLES, DenseLayer, norm_names
+from engine.quantize.layer import norm_names
 from engine.quantize.method import LayerResult, Method
 from engine.quantize.model import DenseModel
 from engine.quantize.output import Output
@@ -163,7 +163,7 @@ class QuantizationJob:
             calibration = self._calibration(staging, model, done)
             with self._bar(done, spec.num_layers, "quantising", "layer") as bar:
                 for index in range(done, spec.num_layers):
-                    layer = self._layer(model, index)
+                    layer = model.layer(index)
                     # A method without calibration has no samples, and takes None.
                     result = self.method.quantize_layer(layer, cast(Calibration, calibration))
                     keep = None
@@ -172,11 +172,6 @@ class QuantizationJob:
                     metadata = {"errors": json.dumps(result.errors, sort_keys=True)}
                     staging.finish_layer(index, self._tensors(index, result), metadata, keep)
                     bar.update()
-
-    def _layer(self, model: DenseModel, index: int) -> DenseLayer:
-        layer = model.layer(index)
-        kept = frozenset(role for role in ROLES if self.output.skips(layer.module(role)))
-        return replace(layer, kept=kept)
 
     def _calibration(
         self, staging: Staging, model: DenseModel, done: int

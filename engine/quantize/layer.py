@@ -45,7 +45,6 @@ class DenseLayer:
     weights: dict[str, Tensor]  # by role [N, K]
     biases: dict[str, Tensor]  # by role [N], of those that have one
     norms: dict[str, Tensor]  # input_norm, post_attention_norm [H]; q_norm, k_norm [D]
-    kept: frozenset[str] = frozenset()  # roles that a quantiser leaves dense
     kv_policy: int = 0  # the quant_policy of the cache that keys and values are read back from
 
     @classmethod

@@ -50,7 +50,7 @@ def awq(
     search_scale: bool = True,
     skip: tuple[str, ...] = (),
 ) -> Recipe:
-    method = Awq(group_size=group_size, symmetric=symmetric, search_scale=search_scale)
+    method = Awq(group_size=group_size, symmetric=symmetric, search_scale=search_scale, skip=skip)
     return Recipe("awq", method, _int4(output_format, group_size, symmetric, skip), True)
 
 
@@ -66,7 +66,11 @@ def gptq(
     """The largest inputs are always rounded first; with `desc_act` groups are cut in that order."""
     output = _int4(output_format, group_size, symmetric, skip, act_order=desc_act)
     method = Gptq(
-        group_size=group_size, symmetric=symmetric, static_groups=not desc_act, damping=_damping(damping)
+        group_size=group_size,
+        symmetric=symmetric,
+        static_groups=not desc_act,
+        damping=_damping(damping),
+        skip=skip,
     )
     return Recipe("gptq", method, output, True)
 
@@ -78,7 +82,7 @@ def rtn(
     *,
     skip: tuple[str, ...] = (),
 ) -> Recipe:
-    method = Rtn(group_size=group_size, symmetric=symmetric)
+    method = Rtn(group_size=group_size, symmetric=symmetric, skip=skip)
     return Recipe("rtn", method, _int4(output_format, group_size, symmetric, skip), False)
 
 
@@ -86,7 +90,8 @@ def smooth_quant(
     kind: Literal["int8", "fp8"], alpha: float, *, skip: tuple[str, ...] = ()
 ) -> Recipe:
     output = Output(format=COMPRESSED, kind=kind, symmetric=True, skip=skip)
-    return Recipe("smooth_quant", SmoothQuant(kind=kind, alpha=alpha), output, True)
+    method = SmoothQuant(kind=kind, alpha=alpha, skip=skip)
+    return Recipe("smooth_quant", method, output, True)
 
 
 def prune(
@@ -100,8 +105,8 @@ def prune(
         raise ConfigError("--damp is SparseGPT's: leave it out, or use --method sparsegpt")
     damping = DAMPING if damping is None else _damping(damping)
     output = Output(format="dense", kind="dense", skip=skip)
-    pruning = Prune(pattern=Pattern.parse(pattern), method=method, damping=damping)
-    return Recipe("prune", pruning, output, True)
+    pruner = Prune(pattern=Pattern.parse(pattern), method=method, damping=damping, skip=skip)
+    return Recipe("prune", pruner, output, True)
 
 
 def on_load(quantize: Quantize, spec: DecoderSpec) -> Recipe:
