@@ -23,6 +23,8 @@ from engine.quantize.comparison import Comparison, Evaluation
 from engine.quantize.evaluation import evaluate, weight_bytes
 from engine.quantize.kv_loss import bytes_per_token, kv_loss
 from kernels.attention import AttentionMetadata
+from tests.quantised_models import quantised_model
+from tests.stored_formats import FORMATS
 from tests.tiny_models import FAMILIES, TinyModel, copy_model, tiny_model, write_servable_model
 
 IDS = torch.randint(3, 131, (3, 24), generator=torch.Generator().manual_seed(1))
@@ -107,6 +109,14 @@ def test_a_model_alone_has_its_perplexity() -> None:
         perplexity(log_probabilities(model.reference, IDS), IDS), rel=1e-4
     )
     assert found == Evaluation(num_tokens=69, perplexity=found.perplexity)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_any_stored_format_is_measured(name: str) -> None:
+    model = quantised_model("llama", FORMATS[name], hidden_size=64, intermediate_size=192)
+    found = evaluate(model.path, None, HELD_OUT)
+    log_p = log_probabilities(model.reference, IDS)
+    assert found.perplexity == pytest.approx(perplexity(log_p, IDS), rel=1e-3)
 
 
 def test_a_model_beside_itself_loses_nothing() -> None:
