@@ -29,6 +29,7 @@ Kind: TypeAlias = Literal["int4", "int8", "fp8", "dense"]
 FORMATS = ("awq", "gptq", "compressed-tensors")
 WHOLE = -1  # as a group size: all inputs are one group
 GROUP_SIZES = (32, 64, 128)
+COMMON_HEAD = "lm_head"  # which no reader takes for quantised unless it is told to
 PACKED = 8  # outputs, or inputs, in a word of AWQ and GPTQ
 
 
@@ -129,6 +130,8 @@ class Output:
             for linear in stored_linears(spec, index)
             if self.skips(linear.module)
         ]
+        if spec.names.head != COMMON_HEAD:
+            skipped.append(spec.names.head)
         if self.format == "dense":
             return None
         if self.format == "awq":
