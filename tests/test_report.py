@@ -194,6 +194,13 @@ def test_policies_of_a_cache_are_told_apart() -> None:
     assert "Keys and values of a token" in text
 
 
+def test_roles_are_in_the_order_of_the_layer() -> None:
+    shuffled = dict.fromkeys(sorted(ROLES), 0.1)
+    page = Page(render_page(report(linear_errors=(shuffled,))))
+    drawn = [word.strip() for word in page.words if word.strip() in ROLES]
+    assert tuple(drawn[: len(ROLES)]) == ROLES
+
+
 def test_many_experts_share_a_row_of_the_heat_map() -> None:
     errors = {f"experts.{i}.down": 0.1 + i for i in range(20)} | {"q": 0.1}
     page = Page(render_page(report(linear_errors=(errors, errors))))

@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from engine.quantize.layer import ROLES
+
 # What matplotlib writes for it becomes the page's text colour.
 _INK = "#010203"
 _STYLE = {
@@ -37,6 +39,7 @@ def heat_map(errors: Sequence[Mapping[str, float]], label: str) -> str:
     """Layers from left to right, roles from top to bottom; of many experts the worst one."""
     columns = [_merge_experts(each) for each in errors]
     roles = list(dict.fromkeys(role for column in columns for role in column))
+    roles.sort(key=_place_in_layer)
     values = [[column.get(role, float("nan")) for column in columns] for role in roles]
 
     def draw(figure: Any) -> None:
@@ -78,6 +81,11 @@ def curves(lines: Mapping[str, Sequence[float]], label: str) -> str:
             axes.legend(frameon=False)
 
     return _svg(draw, 3.0, label)
+
+
+def _place_in_layer(role: str) -> int:
+    name = role.rpartition(".")[2]
+    return ROLES.index(name) if name in ROLES else len(ROLES)
 
 
 def _merge_experts(errors: Mapping[str, float]) -> dict[str, float]:
