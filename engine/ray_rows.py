@@ -1,7 +1,8 @@
 """Rows over Ray actors: the outputs of a linear, searched and rounded by several workers at once.
 
 Every method quantises each row by itself, given what all rows share (the inputs' Gram matrix), so
-that the rows are dealt out and what comes back is put end to end. Sums over rows differ by rounding.
+that the rows are dealt out and what comes back is put end to end. Sums over rows differ by
+rounding.
 """
 
 from collections.abc import Callable, Sequence

@@ -50,6 +50,7 @@ def test_it_computes_with_the_quantised_weights(
         weights_cache=str(tmp_path),
         dtype="float32",
         cache_max_entry_count=16,
+        num_threads=1,
     )
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     (output,) = llm.generate([[5, 6, 7, 8, 9]], params, use_tqdm=False)
@@ -165,10 +166,13 @@ def test_ranks_with_other_weights_refuse_to_start() -> None:
 
 
 @pytest.mark.parametrize("quantize", METHODS)
-def test_a_plan_counts_what_is_loaded(
-    quantize: Quantize, model: TinyModel, tmp_path: Path
-) -> None:
-    options = {"tp": 1, "dtype": torch.bfloat16, "device": "cpu", "session_len": 128}
+def test_a_plan_counts_what_is_loaded(quantize: Quantize, model: TinyModel, tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "tp": 1,
+        "dtype": torch.bfloat16,
+        "device": "cpu",
+        "session_len": 128,
+    }
     spec = recipes.quantized_spec(load_spec(model.path), quantize)
     with quantized_checkpoint(config_of(model.path, tmp_path, quantize), "cpu") as found:
         assert spec == load_spec(found.path)
