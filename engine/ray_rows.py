@@ -52,9 +52,7 @@ class SharedAwq(Awq):
     rows: Rows
 
     def losses(self, weight: Tensor, gram: Tensor, scales: list[Tensor]) -> Tensor:
-        found = self.rows.map(
-            scale_losses, weight, gram, scales, self.group_size, self.symmetric
-        )
+        found = self.rows.map(scale_losses, weight, gram, scales, self.group_size, self.symmetric)
         return torch.stack(found).sum(0).to(weight.device)
 
     def quantize(self, role: str, weight: Tensor, statistics: Statistics) -> Int4Matrix:
@@ -70,7 +68,9 @@ class SharedGptq(Gptq):
 
     def quantize(self, rows: Tensor, gram: Tensor, grid: Grid | None = None) -> Int4Matrix:
         assert grid is None, "a grid is of all rows"
-        return _merge_rows(self.rows.map(Gptq(**_values(self, Gptq)).quantize, rows, gram), rows.device)
+        return _merge_rows(
+            self.rows.map(Gptq(**_values(self, Gptq)).quantize, rows, gram), rows.device
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

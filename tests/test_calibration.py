@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from engine.errors import ConfigError
 from engine.quantize.calibration import TokenSamples, samples
-from engine.quantize.texts import BUILTIN_FILES, read_texts
+from engine.quantize.texts import BUILTINS, DATA, read_texts
 from engine.tokenizer import Tokenizer
 from tests.tiny_models import write_tokenizer
 from tools.calibration_code import CODE
@@ -229,12 +229,15 @@ def test_only_the_head_of_a_huge_file_is_read(
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_built_in_files_are_what_the_generator_writes(name: str) -> None:
-    (path,) = (path for path in BUILTIN_FILES if path.name == name)
-    assert path.read_text(encoding="utf-8") == render(name), "run python -m tools.calibration_text"
+    found = (DATA / name).read_text(encoding="utf-8")
+    assert found == render(name), "run python -m tools.calibration_text"
 
 
 def test_the_built_in_set_is_varied() -> None:
-    calibration, held_out = (read_texts(path).documents for path in BUILTIN_FILES)
+    calibration, held_out = (
+        [document for name in names for document in read_texts(DATA / name).documents]
+        for names in BUILTINS["builtin"]
+    )
     text = "\n".join(document.joined() for document in calibration)
     assert not {document.joined() for document in calibration if not document.messages} & {
         document.joined() for document in held_out if not document.messages
@@ -246,7 +249,7 @@ def test_the_built_in_set_is_varied() -> None:
 
 
 def test_the_built_in_set_fits_the_demo_model() -> None:
-    found = samples(tokenizer(), num_samples=128, seqlen=512)
+    found = samples(tokenizer(), "builtin-demo", num_samples=128, seqlen=512)
     assert found.calibration.shape == (128, 512)
     assert found.held_out.token_ids.shape == (32, 512)
     assert found.record.notes == ()
@@ -257,4 +260,4 @@ def test_the_built_in_files_are_packaged() -> None:
     settings = tomllib.loads((root / "pyproject.toml").read_text())
     globs = settings["tool"]["setuptools"]["package-data"]["engine"]
     found = {path for pattern in globs for path in (root / "engine").glob(pattern)}
-    assert found >= set(BUILTIN_FILES)
+    assert {path.name for path in found} >= set(FILES)

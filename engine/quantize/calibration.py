@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import ConfigError, InvalidRequestError
-from engine.quantize.texts import BUILTIN, BUILTIN_FILES, MAX_BYTES, Document, Texts, read_texts
+from engine.quantize.texts import BUILTIN, BUILTINS, DATA, MAX_BYTES, Document, Texts, read_texts
 from engine.tokenizer import Tokenizer
 
 HELD_OUT_EVERY = 8  # of a file's documents every eighth, of a single text the last eighth
@@ -80,10 +80,13 @@ def samples(
         if value < least:
             raise ConfigError(f"calibration {name} must be at least {least}, got {value}")
     encoder = _Encoder(tokenizer)
-    if str(source) == BUILTIN:
-        texts = [read_texts(path) for path in BUILTIN_FILES]
-        kept, others = (encoder.encode(each.documents) for each in texts)
-        head, held = _flat(kept), _counted(others, encoder)
+    if str(source) in BUILTINS:
+        kept, others = (
+            [read_texts(DATA / each) for each in part] for part in BUILTINS[str(source)]
+        )
+        head = _flat(encoder.encode([each for text in kept for each in text.documents]))
+        held_out = encoder.encode([each for text in others for each in text.documents])
+        held, texts = _counted(held_out, encoder), kept + others
     else:
         texts = [read_texts(Path(source))]
         head, held = _split(encoder.encode(texts[0].documents), seqlen, encoder)
@@ -91,7 +94,7 @@ def samples(
     num_held_out = max(1, num_samples // HELD_OUT_SHARE)
     calibration = _draw(torch.tensor(head), num_samples, seqlen, random.Random(seed))
     # By a seed of its own: another seed evaluates on the same tokens.
-    held_out = _draw(torch.tensor(held), num_held_out, seqlen, random.Random(0))
+    drawn = _draw(torch.tensor(held), num_held_out, seqlen, random.Random(0))
     record = TextRecord(
         source=str(source),
         sha256=hashlib.sha256(b"".join(each.raw for each in texts)).hexdigest(),
@@ -100,13 +103,13 @@ def samples(
         seqlen=seqlen,
         seed=seed,
         num_samples=len(calibration),
-        num_held_out=len(held_out),
+        num_held_out=len(drawn),
         notes=(
             *_notes(texts, encoder),
-            *_shortages(len(calibration), num_samples, len(held_out), num_held_out),
+            *_shortages(len(calibration), num_samples, len(drawn), num_held_out),
         ),
     )
-    ids, counted = held_out.unbind(-1)
+    ids, counted = drawn.unbind(-1)
     if not counted[:, 1:].any():  # windows within one long question
         counted = torch.ones_like(counted)
     return TokenSamples(calibration, HeldOut(ids, counted.bool()), record)
