@@ -94,8 +94,9 @@ def test_awq_is_better_than_round_to_nearest(group_size: int, symmetric: bool) -
     method = Awq(group_size=group_size, symmetric=symmetric)
     scale = method.best_scale(exact, found, Fold(tiny_layer("qwen3").layer, "down", {}))
     scaled = exact["o"] * scale
-    rounded = to_dense(method.quantize("o", scaled, found.scaled(1 / scale))) / scale
-    unclipped = to_dense(method.quantize("q", scaled, found.scaled(1 / scale))) / scale
+    rounded = to_dense(method.quantize(scaled, found.scaled(1 / scale))) / scale
+    whole = replace(method, clip=False)
+    unclipped = to_dense(whole.quantize(scaled, found.scaled(1 / scale))) / scale
     nearest = loss(to_dense(quantize_rtn(exact["o"], group_size, symmetric)), exact["o"], x)
     assert loss(unclipped, exact["o"], x) <= nearest * (1 + 1e-5)
     assert loss(rounded, exact["o"], x) < 0.9 * nearest
