@@ -107,7 +107,7 @@ def test_clipping_never_costs_a_row_anything() -> None:
     gram = Statistics.of(x).gram
     groups = in_groups(exact, 32)
     full = Grid.spanning(groups, False).nearest(groups).flatten(1)
-    clipped = clipped_grid(exact, gram, 32, False).nearest(groups).flatten(1)
+    clipped = clipped_grid(groups, gram, False).nearest(groups).flatten(1)
     losses = [
         (x.double() @ (each - exact).double().t()).square().sum(0) for each in (full, clipped)
     ]
@@ -117,7 +117,7 @@ def test_clipping_never_costs_a_row_anything() -> None:
 
 def test_the_clip_of_a_group_is_the_best_by_its_own_outputs() -> None:
     exact, x = weight(6, 32), inputs(32)
-    grid = clipped_grid(exact, Statistics.of(x).gram, 32, True)
+    grid = clipped_grid(exact.unsqueeze(1), Statistics.of(x).gram, True)
     for row in range(6):
         own = exact[row : row + 1]
         losses = []

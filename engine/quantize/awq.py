@@ -13,9 +13,10 @@ from torch import Tensor
 
 from engine.quantize.clip import clipped_grid
 from engine.quantize.fold import Fold
-from engine.quantize.grid import Grid, in_groups
+from engine.quantize.grid import ROWS, Grid, in_groups, round_rows
 from engine.quantize.layer import STAGES, DenseLayer
-from engine.quantize.method import ROWS, LayerPass, LayerResult, output_energy
+from engine.quantize.method import LayerPass, LayerResult, output_energy
+from engine.quantize.rtn import quantize_rtn
 from engine.quantize.statistics import Calibration, Statistics
 from engine.weights.matrix import Int4Matrix
 
@@ -57,12 +58,13 @@ class Awq:
 
     def quantize(self, weight: Tensor, statistics: Statistics) -> Int4Matrix:
         """A scaled weight [N, K], or some of its rows: each is quantised by itself."""
-        groups = in_groups(weight, self.group_size)
-        if self.clip:
-            grid = clipped_grid(weight, statistics.gram, self.group_size, self.symmetric)
-        else:
-            grid = Grid.spanning(groups, self.symmetric)
-        return grid.matrix(grid.levels(groups))
+        if not self.clip:
+            return quantize_rtn(weight, self.group_size, self.symmetric)
+        return round_rows(
+            weight,
+            self.group_size,
+            lambda groups: clipped_grid(groups, statistics.gram, self.symmetric),
+        )
 
     def best_scale(
         self, weights: Mapping[str, Tensor], statistics: Statistics, fold: Fold
