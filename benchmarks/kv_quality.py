@@ -21,6 +21,7 @@ from engine.kv_cache import KVCache, bytes_per_block
 from engine.models import Decoder, load_decoder, load_spec
 from engine.models.spec import DecoderSpec
 from engine.parallel import ParallelGroup
+from engine.quantize.comparison import Comparison
 from kernels.attention import AttentionMetadata
 from tools.demo_corpus import TASKS, held_out_chat
 from tools.demo_tokenizer import encode_chat
@@ -70,39 +71,33 @@ def rows_of(spec: DecoderSpec, decoder: Decoder, chats: Chats) -> list[list[str 
     """A policy's row: means over the tokens of all answers."""
     longest = max(len(ids) for ids, _ in chats)
     scorers = {policy: scorer(spec, decoder, policy, longest) for policy in POLICIES}
-    divergences: dict[int, list[Tensor]] = {policy: [] for policy in POLICIES}
-    agreements: dict[int, list[Tensor]] = {policy: [] for policy in POLICIES}
-    losses: dict[int, list[Tensor]] = {policy: [] for policy in POLICIES}
+    comparisons = {policy: Comparison(str(MODEL)) for policy in POLICIES}
     for ids, answer in chats:
         before = answer[1:].nonzero().squeeze(1)  # the rows that predict an answer's tokens
         targets = torch.tensor(ids[1:])[before]
         plain = scorers[0](ids)[before]
         for policy, score in scorers.items():
             found = plain if policy == 0 else score(ids)[before]
-            divergences[policy].append((plain.exp() * (plain - found)).sum(1))
-            agreements[policy].append((plain.argmax(1) == found.argmax(1)).double())
-            losses[policy].append(-found.gather(1, targets[:, None]).squeeze(1))
+            comparisons[policy].add(found, targets, plain)
+    found_of = {policy: each.evaluation() for policy, each in comparisons.items()}
     return [
         [
             str(policy),
             name,
             str(bytes_per_block(spec, 1, torch.bfloat16, 1, quant_policy=policy)),
-            *(f"{value:.2g}" for value in summary(torch.cat(divergences[policy]))),
-            f"{100 * torch.cat(agreements[policy]).mean():.2f} %",
-            f"{torch.cat(losses[policy]).mean().exp():.4f}",
+            f"{found_of[policy].kl_mean:.2g}",
+            f"{found_of[policy].kl_p99:.2g}",
+            f"{found_of[policy].top1_agreement:.2%}".replace("%", " %"),
+            f"{found_of[policy].perplexity:.4f}",
         ]
         for policy, name in POLICIES.items()
     ]
 
 
-def summary(values: Tensor) -> tuple[float, float]:
-    return float(values.mean()), float(values.quantile(0.99))
-
-
 def scorer(
     spec: DecoderSpec, decoder: Decoder, policy: int, longest: int
 ) -> Callable[[list[int]], Tensor]:
-    """Token ids [T] -> log probabilities float64 [T, V] of what follows each."""
+    """Token ids [T] -> logits [T, V] of what follows each."""
     num_blocks = -(-longest // BLOCK_SIZE)
     cache = KVCache.allocate(
         spec, num_blocks, BLOCK_SIZE, torch.float32, "cpu", 1, quant_policy=policy
@@ -122,7 +117,7 @@ def scorer(
         hidden = decoder.forward(torch.tensor(ids), torch.arange(length), meta, cache)
         logits = decoder.logits(hidden)
         assert logits is not None
-        return logits.double().log_softmax(-1)
+        return logits
 
     return score
 

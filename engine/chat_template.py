@@ -37,8 +37,12 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Message] | None = None,
     ) -> str:
         """The prompt's text. `variables` are what the API calls chat_template_kwargs.
+
+        `tools` are function signatures in OpenAI's form; a template without a place for them
+        leaves them out.
 
         InvalidRequestError when the template refuses the messages or knows no such variable.
         """
@@ -52,6 +56,7 @@ class ChatTemplate:
         try:
             text = self._hf.apply_chat_template(
                 list(messages),
+                tools=list(tools) if tools else None,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,

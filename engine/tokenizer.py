@@ -57,6 +57,10 @@ class Tokenizer:
             )
         return cls(hf, GenerationConfig.load(path))
 
+    def same_vocabulary(self, other: "Tokenizer") -> bool:
+        """Whether a token id stands for the same piece of text in both."""
+        return bool(self._backend.get_vocab() == other._backend.get_vocab())
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids; special tokens are those the checkpoint adds by itself, such as bos."""
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
@@ -76,6 +80,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Message] | None = None,
     ) -> list[int]:
         """Token ids of a chat. InvalidRequestError when the template cannot express it."""
         if self.chat_template is None:
@@ -87,6 +92,7 @@ class Tokenizer:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             variables=chat_template_kwargs,
+            tools=tools,
         )
         return self.encode(text, add_special_tokens=False)  # the template writes them itself
 

@@ -1,0 +1,1 @@
+"""Quantising a checkpoint's linears layer by layer, in plain torch; it writes no checkpoint."""
