@@ -4,7 +4,7 @@
 
 The demo model with few slots, so that requests queue, under `manta serve`'s own launcher, HAProxy
 or Ray's default proxy in front. Load generator, Ray and replicas share the machine. Writes the
-plot benchmarks/results/autoscaling.svg when matplotlib is installed (the `bench` extra).
+plot benchmarks/results/autoscaling.svg.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def main() -> None:
     if not args.quick:
         name = "autoscaling" if args.proxy == "haproxy" else "autoscaling_default_proxy"
         title = "Autoscaling" + (", Ray's default proxy" if args.proxy == "default" else "")
-        print(save_plot(name, lambda figure: _plot(figure, timeline)) or "no plot: no matplotlib")
+        print(save_plot(name, lambda figure: _plot(figure, timeline)))
         print(save(name, title, tables))
 
 

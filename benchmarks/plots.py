@@ -1,4 +1,4 @@
-"""Plots beside the records: SVG files in benchmarks/results, drawn by matplotlib if it is there."""
+"""Plots beside the records: SVG files in benchmarks/results, drawn by matplotlib."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +9,11 @@ from benchmarks.record import RESULTS
 SIZE = (9.0, 5.0)  # inches
 
 
-def save_plot(name: str, draw: Callable[[Any], None]) -> Path | None:
-    """Write results/NAME.svg; None without matplotlib. `draw` gets an empty figure."""
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
+def save_plot(name: str, draw: Callable[[Any], None]) -> Path:
+    """Write results/NAME.svg. `draw` gets an empty figure."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     mpl.rcParams["svg.hashsalt"] = name  # equal plots are equal files
     figure = Figure(figsize=SIZE, layout="constrained")
     draw(figure)

@@ -5,7 +5,7 @@
     python -m benchmarks.simulate --large              one run of several hundred replicas
 
 The real scheduler, meter and policy over a formula of a GPU: benchmarks/simulated_fleet.py says
-what is real. Writes results/simulate.json and, with matplotlib, plots of the trade-off and of one
+what is real. Writes results/simulate.json and plots of the trade-off and of one
 run. No Ray process is started.
 """
 

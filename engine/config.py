@@ -17,7 +17,9 @@ from engine.errors import ConfigError
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Placement = Literal["node", "stages", "ranks"]
+Quantize = Literal["awq", "rtn", "int8"]
 QUANT_POLICIES = (0, 4, 8, 16)
+QUANTIZE = ("awq", "rtn", "int8")
 GiB = 1024**3
 
 
@@ -31,6 +33,8 @@ class EngineConfig:
     """
 
     model: str  # directory of a Hugging Face checkpoint
+    # A dense checkpoint is quantised when it is loaded, once per node, into weights_cache.
+    quantize: Quantize | None = None
     dtype: DType = "auto"  # auto: what the checkpoint says (float16 becomes bfloat16 on CPU)
     device: Device = "auto"  # auto: cuda when there is one
     tp: int = 1  # ranks that share each layer
@@ -78,6 +82,11 @@ class EngineConfig:
             )
         if self.block_size is not None and self.block_size & (self.block_size - 1):
             raise ConfigError(f"block_size must be a power of two, got {self.block_size}")
+        if self.quantize is not None and self.weights_cache is None:
+            raise ConfigError(
+                f"quantize {self.quantize} keeps the quantised checkpoint in weights_cache, which "
+                "is null; name a directory or auto, or quantise once with `manta lite`"
+            )
         if self.quant_policy and self.block_size is not None and self.block_size < 16:
             raise ConfigError(
                 f"block_size must be at least 16 with quant_policy {self.quant_policy}, got "
@@ -160,6 +169,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 def _check_types(config: EngineConfig) -> None:
     """YAML gives any type: refuse a wrong one by name instead of failing later."""
+    if config.quantize not in (None, *QUANTIZE):
+        methods = ", ".join(QUANTIZE)
+        raise ConfigError(f"quantize must be one of {methods} or null, got {config.quantize!r}")
     for name, allowed in _CHOICES.items():
         if getattr(config, name) not in allowed:
             raise ConfigError(

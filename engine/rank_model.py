@@ -47,12 +47,30 @@ class RankModel:
         """`peers` may have the packed weights, or a checkpoint that is not on this node."""
         if device == "cuda":
             check_gpu()
+        if config.quantize is None:
+            return cls._load(Path(config.model), config, group, device, peers)
+        # Reading text for a calibration costs three seconds of imports.
+        from engine.quantize.on_load import quantized_checkpoint
+
+        with quantized_checkpoint(config, tensor_device(device)) as found:
+            check_same_quantized(found.crc32, config, group)
+            return cls._load(found.path, config, group, device, None)
+
+    @classmethod
+    def _load(
+        cls,
+        checkpoint: Path,
+        config: EngineConfig,
+        group: ParallelGroup,
+        device: str,
+        peers: Peers | None,
+    ) -> "RankModel":
         block_size = block_size_of(config, device)
         directory = config.weights_cache_directory()
         cache = None
         if directory is not None:
             cache = WeightCache(directory, config.max_weights_cache_bytes, peers)
-        origin = _find_origin(Path(config.model), peers if cache is not None else None)
+        origin = _find_origin(checkpoint, peers if cache is not None else None)
         spec = load_spec(origin.settings)
         dtype = resolve_dtype(config.dtype, spec, device)
         limit = session_limit(config, spec)
@@ -182,6 +200,19 @@ def check_same(origin: Origin, spec: DecoderSpec, group: ParallelGroup) -> None:
         raise CheckpointError(
             f"the ranks have different versions of {origin.checkpoint}, which not every node has; "
             "it was changed or announced meanwhile. Start again, or copy it to every node"
+        )
+
+
+def check_same_quantized(crc32: int, config: EngineConfig, group: ParallelGroup) -> None:
+    """CheckpointError when nodes that quantised for themselves came to different weights.
+
+    Searches for scales compare sums, whose rounding differs between kinds of CPUs and GPUs.
+    """
+    if not _equal(str(crc32), group):
+        raise CheckpointError(
+            f"quantize {config.quantize} gave different weights on the nodes of this engine; "
+            f"quantise {config.model} once with `manta lite`, copy the result to every node and "
+            "serve that"
         )
 
 

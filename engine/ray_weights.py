@@ -102,9 +102,11 @@ class RayPeers:
 
     @classmethod
     def of(cls, config: EngineConfig) -> "RayPeers | None":
-        """None without Ray, and where the engines of a node share nothing."""
+        """None without Ray, where the engines of a node share nothing, and for weights that each
+        node quantises for itself.
+        """
         directory = config.weights_cache_directory()
-        if directory is None or not ray.is_initialized():
+        if directory is None or config.quantize is not None or not ray.is_initialized():
             return None
         return cls(config.model, directory)
 

@@ -1,6 +1,5 @@
 """Act-order: a weight whose inputs were sorted wants its rows' values sorted alike."""
 
-import torch
 from torch import Tensor
 
 
@@ -20,7 +19,7 @@ def in_own_order(weight: Tensor, input_order: Tensor | None) -> Tensor:
     """
     if input_order is None:
         return weight
-    if input_order.is_meta:  # of no values: padding cannot be told, and the sizes are what is asked
-        return torch.empty_like(weight)
     num_inputs = int(input_order.max()) + 1
+    if weight.is_meta:  # sizes are all that is asked for
+        return weight.new_empty(len(weight), num_inputs)
     return weight.new_zeros(len(weight), num_inputs).index_add_(1, input_order, weight)

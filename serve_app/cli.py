@@ -1,4 +1,4 @@
-"""The `manta` command: serve, chat, plan, env, check_env.
+"""The `manta` command: serve, chat, plan, lite, env, check_env.
 
 Imports torch or Ray only once a command needs them: a wrong option is answered in 0.2 s.
 """
@@ -6,17 +6,16 @@ Imports torch or Ray only once a command needs them: a wrong option is answered 
 import contextlib
 import os
 import shlex
-import sys
 import time
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from engine.errors import ConfigError, MantaError
-from serve_app import launch_env
+from engine.errors import ConfigError
+from serve_app import launch_env, lite_cli
+from serve_app.command_errors import command_errors
 from serve_app.launch_plan import default_model, make_plan
 from serve_app.ports import check_port
 from serve_app.processes import Guard
@@ -29,9 +28,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.add_typer(lite_cli.app, name="lite")
+
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Placement = Literal["node", "stages", "ranks"]
+Quantize = Literal["awq", "rtn", "int8"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 ModelArgument = Annotated[
@@ -44,6 +46,12 @@ SessionLenOption = Annotated[int | None, typer.Option(help="Longest prompt and a
 QuantPolicyOption = Annotated[
     int | None,
     typer.Option(help="KV cache: 0: as computed; 8, 4: so many bits; 16: fp8, as LMDeploy counts."),
+]
+QuantizeOption = Annotated[
+    Quantize | None,
+    typer.Option(
+        help="Quantise a dense checkpoint while loading it: int4 (awq, rtn) or int8 weights."
+    ),
 ]
 
 
@@ -85,6 +93,7 @@ def serve(
     dtype: DTypeOption = None,
     session_len: SessionLenOption = None,
     quant_policy: QuantPolicyOption = None,
+    quantize: QuantizeOption = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences running at once.")] = None,
     cache_max_entry_count: Annotated[
         str | None,
@@ -106,7 +115,7 @@ def serve(
     given comes from serve_config.yaml: the one here, else Manta's own.
     """
     started = time.monotonic()
-    with _errors():
+    with command_errors():
         plan = make_plan(
             model=model,
             engine_config=config,
@@ -124,6 +133,7 @@ def serve(
             dtype=dtype,
             session_len=session_len,
             quant_policy=quant_policy,
+            quantize=quantize,
             max_num_seqs=max_num_seqs,
             cache_max_entry_count=_number(cache_max_entry_count),
         )
@@ -152,9 +162,10 @@ def chat(
     dtype: DTypeOption = None,
     session_len: SessionLenOption = None,
     quant_policy: QuantPolicyOption = None,
+    quantize: QuantizeOption = None,
 ) -> None:
     """Talk to MODEL in the terminal, without a server."""
-    with _errors():
+    with command_errors():
         path = model or default_model()
         from engine import LLM, SamplingParams
         from serve_app.chat import chat as run_chat
@@ -164,6 +175,7 @@ def chat(
             "dtype": dtype,
             "session_len": session_len,
             "quant_policy": quant_policy,
+            "quantize": quantize,
         }
         llm = LLM(path, **{key: value for key, value in given.items() if value is not None})
         params: dict[str, Any] = dict(llm.tokenizer.sampling_defaults)
@@ -196,6 +208,7 @@ def plan(
     dtype: DTypeOption = None,
     session_len: SessionLenOption = None,
     quant_policy: QuantPolicyOption = None,
+    quantize: QuantizeOption = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences running at once.")] = None,
     cache_max_entry_count: Annotated[
         str | None, typer.Option(help="Share of the free memory for the KV cache, or blocks.")
@@ -206,7 +219,7 @@ def plan(
 
     Exit code 1 when nothing fits.
     """
-    with _errors():
+    with command_errors():
         from serve_app.plan_command import Wanted, run_plan
 
         wanted = Wanted(gpu, gpus, memory, bandwidth, cpu)
@@ -215,6 +228,7 @@ def plan(
             "dtype": dtype,
             "session_len": session_len,
             "quant_policy": quant_policy,
+            "quantize": quantize,
             "max_num_seqs": max_num_seqs,
             "cache_max_entry_count": _number(cache_max_entry_count),
         }
@@ -252,18 +266,6 @@ def main(
     ] = False,
 ) -> None:
     pass
-
-
-@contextlib.contextmanager
-def _errors() -> Iterator[None]:
-    """Our errors are for the user: one line and a non-zero exit, no traceback."""
-    try:
-        yield
-    except MantaError as error:
-        typer.echo(f"manta: {' '.join(str(error).split())}", err=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def _number(text: str | None) -> int | float | None:

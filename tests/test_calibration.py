@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from engine.errors import ConfigError
 from engine.quantize.calibration import TokenSamples, samples
-from engine.quantize.texts import BUILTIN_FILES, read_texts
+from engine.quantize.texts import BUILTINS, DATA, read_texts
 from engine.tokenizer import Tokenizer
 from tests.tiny_models import write_tokenizer
 from tools.calibration_code import CODE
@@ -64,7 +64,7 @@ def test_plain_text_is_cut_into_windows_of_its_tokens(tmp_path: Path) -> None:
     head = tokens[: len(tokens) - len(tokens) // 8]
     assert rows(found.calibration) == windows(head, 16)
     assert found.calibration.dtype == torch.int64
-    assert set(rows(found.held_out)) <= set(windows(tokens[len(head) :], 16))
+    assert set(rows(found.held_out.token_ids)) <= set(windows(tokens[len(head) :], 16))
     assert found.record.num_tokens == len(tokens)
 
 
@@ -98,8 +98,8 @@ def test_every_eighth_document_is_held_out_whatever_the_seed(tmp_path: Path) -> 
     for seed in range(3):
         found = draw(path, num_samples=64, seed=seed)
         held = "\n\n".join(map(str, lines[7::8])) + "\n\n"
-        assert all(tokenizer().decode(row) in held for row in found.held_out.tolist())
-    assert draw(path, seed=1).held_out.equal(draw(path, seed=2).held_out)
+        assert all(tokenizer().decode(row) in held for row in found.held_out.token_ids.tolist())
+    assert draw(path, seed=1).held_out.token_ids.equal(draw(path, seed=2).held_out.token_ids)
 
 
 @pytest.mark.parametrize("name", ["text.txt", "lines.jsonl"])
@@ -110,7 +110,29 @@ def test_nothing_that_is_calibrated_on_is_held_out(tmp_path: Path, name: str) ->
     else:
         write_lines(path, numbered(100) * 2)
     found = draw(path, num_samples=1000)
-    assert not set(rows(found.calibration)) & set(rows(found.held_out))
+    assert not set(rows(found.calibration)) & set(rows(found.held_out.token_ids))
+
+
+def test_texts_and_the_answers_of_chats_count(tmp_path: Path) -> None:
+    chats: list[object] = []
+    for i in range(8):
+        turns = [f"Question {i}?", f"Answer {i}.", f"And {i}?", f"That is {i}."]
+        roles = ("user", "assistant") * 2
+        messages = [{"role": r, "content": c} for r, c in zip(roles, turns, strict=True)]
+        chats.append({"messages": messages})
+    seqlen = len(oracle()(rendered(chats[7]))["input_ids"])
+    found = draw(write_lines(tmp_path / "chats.jsonl", chats), seqlen=seqlen).held_out
+    (ids,), (counted,) = found.token_ids.tolist(), found.counted.tolist()
+    said = [token for token, count in zip(ids, counted, strict=True) if count]
+    assert oracle().decode(said) == "Answer 7.<|im_end|>That is 7.<|im_end|>"
+    found = draw(write_lines(tmp_path / "lines.jsonl", numbered(40))).held_out
+    assert found.counted.all()
+
+
+def rendered(chat: Any) -> str:
+    text = oracle().apply_chat_template(chat["messages"], tokenize=False)
+    assert isinstance(text, str)
+    return text
 
 
 def test_a_seed_draws_the_same_samples_again_and_another_seed_others(tmp_path: Path) -> None:
@@ -134,7 +156,7 @@ def test_a_short_text_gives_what_it_has_and_the_record_says_so(tmp_path: Path) -
     assert found.record.num_samples == len(found.calibration) < 1000
     notes = " ".join(found.record.notes)
     assert f"{len(found.calibration)} samples to calibrate on, 1,000 were asked for" in notes
-    assert f"{len(found.held_out)} held-out samples, 250 were wanted" in notes
+    assert f"{len(found.held_out.token_ids)} held-out samples, 250 were wanted" in notes
 
 
 def test_a_text_without_two_samples_says_how_long_it_is(tmp_path: Path) -> None:
@@ -207,12 +229,15 @@ def test_only_the_head_of_a_huge_file_is_read(
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_built_in_files_are_what_the_generator_writes(name: str) -> None:
-    (path,) = (path for path in BUILTIN_FILES if path.name == name)
-    assert path.read_text(encoding="utf-8") == render(name), "run python -m tools.calibration_text"
+    found = (DATA / name).read_text(encoding="utf-8")
+    assert found == render(name), "run python -m tools.calibration_text"
 
 
 def test_the_built_in_set_is_varied() -> None:
-    calibration, held_out = (read_texts(path).documents for path in BUILTIN_FILES)
+    calibration, held_out = (
+        [document for name in names for document in read_texts(DATA / name).documents]
+        for names in BUILTINS["builtin"]
+    )
     text = "\n".join(document.joined() for document in calibration)
     assert not {document.joined() for document in calibration if not document.messages} & {
         document.joined() for document in held_out if not document.messages
@@ -224,9 +249,9 @@ def test_the_built_in_set_is_varied() -> None:
 
 
 def test_the_built_in_set_fits_the_demo_model() -> None:
-    found = samples(tokenizer(), num_samples=128, seqlen=512)
+    found = samples(tokenizer(), "builtin-demo", num_samples=128, seqlen=512)
     assert found.calibration.shape == (128, 512)
-    assert found.held_out.shape == (32, 512)
+    assert found.held_out.token_ids.shape == (32, 512)
     assert found.record.notes == ()
 
 
@@ -235,4 +260,4 @@ def test_the_built_in_files_are_packaged() -> None:
     settings = tomllib.loads((root / "pyproject.toml").read_text())
     globs = settings["tool"]["setuptools"]["package-data"]["engine"]
     found = {path for pattern in globs for path in (root / "engine").glob(pattern)}
-    assert found >= set(BUILTIN_FILES)
+    assert {path.name for path in found} >= set(FILES)

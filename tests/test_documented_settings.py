@@ -14,6 +14,7 @@ from engine.config import EngineConfig, GiB
 
 ROOT = Path(__file__).parents[1]
 RESOLVED_LATER = {  # settings whose default is None, and what the README says it comes to
+    "quantize": "no",
     "session_len": "the checkpoint's",
     "block_size": "16 on CPU, 64 on GPU",
     "num_threads": "cores / ranks there",

@@ -18,13 +18,17 @@ from engine.kv_cache import KVCache
 from engine.models import load_decoder, load_spec
 from engine.parallel import ParallelGroup
 from engine.quantize import evaluation
+from engine.quantize.calibration import HeldOut
 from engine.quantize.comparison import Comparison, Evaluation
 from engine.quantize.evaluation import evaluate, weight_bytes
 from engine.quantize.kv_loss import bytes_per_token, kv_loss
 from kernels.attention import AttentionMetadata
+from tests.quantised_models import quantised_model
+from tests.stored_formats import FORMATS
 from tests.tiny_models import FAMILIES, TinyModel, copy_model, tiny_model, write_servable_model
 
 IDS = torch.randint(3, 131, (3, 24), generator=torch.Generator().manual_seed(1))
+HELD_OUT = HeldOut.all_of(IDS)
 
 
 def log_probabilities(model: Any, ids: Tensor) -> np.ndarray[Any, Any]:
@@ -56,16 +60,31 @@ def expect_losses(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_quantised_model_beside_the_one_it_came_from(family: str) -> None:
     original, quantised = tiny_model(family), tiny_model(family, 8)
-    found = evaluate(quantised.path, original.path, IDS, batch_size=2)
+    found = evaluate(quantised.path, original.path, HELD_OUT, batch_size=2)
     theirs = log_probabilities(original.reference, IDS)
     expect_losses(found, log_probabilities(quantised.reference, IDS), theirs, IDS)
     assert found.kl_mean is not None
     assert found.kl_mean > 1e-3  # the comparison is not of a model with itself
 
 
+def test_only_tokens_that_count_are_measured() -> None:
+    original, quantised = tiny_model("llama"), tiny_model("llama", 8)
+    counted = torch.rand(IDS.shape, generator=torch.Generator().manual_seed(2)) < 0.3
+    found = evaluate(quantised.path, original.path, HeldOut(IDS, counted))
+    theirs = log_probabilities(original.reference, IDS)
+    ours = log_probabilities(quantised.reference, IDS)
+    kept = counted[:, 1:].flatten().numpy()
+    kl = (np.exp(theirs) * (theirs - ours)).sum(-1)[kept]
+    targets = IDS[:, 1:].flatten().numpy()[kept]
+    assert found.num_tokens == kept.sum()
+    assert found.kl_mean == pytest.approx(kl.mean(), rel=1e-3)
+    loss = -ours[kept][np.arange(len(targets)), targets].mean()
+    assert found.perplexity == pytest.approx(np.exp(loss), rel=1e-4)
+
+
 def test_hidden_states_drift_as_transformers_says() -> None:
     original, quantised = tiny_model("llama"), tiny_model("llama", 8)
-    found = evaluate(quantised.path, original.path, IDS)
+    found = evaluate(quantised.path, original.path, HELD_OUT)
     norms = []
     for model in (original.reference, quantised.reference):
         states: list[Tensor] = []  # the layers' own outputs: the last of `hidden_states` is normed
@@ -85,16 +104,24 @@ def test_hidden_states_drift_as_transformers_says() -> None:
 
 def test_a_model_alone_has_its_perplexity() -> None:
     model = tiny_model("qwen3", 8)
-    found = evaluate(model.path, None, IDS)
+    found = evaluate(model.path, None, HELD_OUT)
     assert found.perplexity == pytest.approx(
         perplexity(log_probabilities(model.reference, IDS), IDS), rel=1e-4
     )
     assert found == Evaluation(num_tokens=69, perplexity=found.perplexity)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_any_stored_format_is_measured(name: str) -> None:
+    model = quantised_model("llama", FORMATS[name], hidden_size=64, intermediate_size=192)
+    found = evaluate(model.path, None, HELD_OUT)
+    log_p = log_probabilities(model.reference, IDS)
+    assert found.perplexity == pytest.approx(perplexity(log_p, IDS), rel=1e-3)
+
+
 def test_a_model_beside_itself_loses_nothing() -> None:
     model = tiny_model("llama")
-    found = evaluate(model.path, model.path, IDS)
+    found = evaluate(model.path, model.path, HELD_OUT)
     assert found.kl_mean == found.kl_p99 == 0.0
     assert found.top1_agreement == 1.0
     assert found.perplexity == found.reference_perplexity
@@ -103,9 +130,9 @@ def test_a_model_beside_itself_loses_nothing() -> None:
 
 def test_chunks_of_logits_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     paths = tiny_model("mistral", 8).path, tiny_model("mistral").path
-    whole = evaluate(*paths, IDS, batch_size=3)
+    whole = evaluate(*paths, HELD_OUT, batch_size=3)
     monkeypatch.setattr(evaluation, "MAX_LOGITS", 5 * 131 + 1)  # five tokens at once
-    parts = evaluate(*paths, IDS)
+    parts = evaluate(*paths, HELD_OUT)
     assert parts.num_tokens == whole.num_tokens
     assert parts.kl_mean == pytest.approx(whole.kl_mean, rel=1e-5)
     assert parts.perplexity == pytest.approx(whole.perplexity, rel=1e-6)
@@ -115,7 +142,7 @@ def test_chunks_of_logits_and_batches_change_nothing(monkeypatch: pytest.MonkeyP
 def test_progress_counts_to_its_end() -> None:
     steps: list[tuple[int, int]] = []
     model = tiny_model("llama")
-    evaluate(model.path, model.path, IDS, progress=lambda *step: steps.append(step))
+    evaluate(model.path, model.path, HELD_OUT, progress=lambda *step: steps.append(step))
     assert steps == sorted(steps)
     assert steps[-1] == (6, 6)
 
@@ -123,9 +150,9 @@ def test_progress_counts_to_its_end() -> None:
 def test_models_of_other_shapes_are_refused(tmp_path: Path) -> None:
     model = tiny_model("llama")
     with pytest.raises(CheckpointError, match=r"a vocab_size of 131 and the reference .* 140"):
-        evaluate(model.path, tiny_model("llama", vocab_size=140).path, IDS)
+        evaluate(model.path, tiny_model("llama", vocab_size=140).path, HELD_OUT)
     with pytest.raises(CheckpointError, match=r"a num_layers of 2 and the reference .* 1"):
-        evaluate(model.path, tiny_model("llama", num_hidden_layers=1).path, IDS)
+        evaluate(model.path, tiny_model("llama", num_hidden_layers=1).path, HELD_OUT)
 
 
 def test_another_vocabulary_of_equal_size_is_refused(tmp_path: Path) -> None:
@@ -135,15 +162,15 @@ def test_another_vocabulary_of_equal_size_is_refused(tmp_path: Path) -> None:
     file = other.path / "tokenizer.json"
     text = file.read_text()
     file.write_text(text + "\n")  # other bytes, the same vocabulary
-    assert evaluate(model.path, other.path, IDS).kl_mean == 0.0
+    assert evaluate(model.path, other.path, HELD_OUT).kl_mean == 0.0
     file.write_text(text.replace('"A":', '"swap":').replace('"B":', '"A":').replace("swap", "B"))
     with pytest.raises(CheckpointError, match="different vocabularies"):
-        evaluate(model.path, other.path, IDS)
+        evaluate(model.path, other.path, HELD_OUT)
 
 
 def test_ids_beyond_the_vocabulary_are_refused() -> None:
     with pytest.raises(CheckpointError, match="the token id 131, and the model has a vocabulary"):
-        evaluate(tiny_model("llama").path, None, torch.full((1, 8), 131))
+        evaluate(tiny_model("llama").path, None, HeldOut.all_of(torch.full((1, 8), 131)))
 
 
 def test_logits_that_are_not_finite_are_refused(tmp_path: Path) -> None:
@@ -152,7 +179,7 @@ def test_logits_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     tensors["lm_head.weight"][5, 0] = torch.inf
     save_file(tensors, model.path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"model: its logits are not finite"):
-        evaluate(model.path, None, IDS)
+        evaluate(model.path, None, HELD_OUT)
 
 
 def test_weight_bytes_are_the_files() -> None:
@@ -189,7 +216,7 @@ def cache_log_probabilities(model: TinyModel, policy: int, ids: Tensor) -> np.nd
 def test_quantised_caches_lose_what_they_lose_in_the_engine(family: str) -> None:
     sizes = {"head_dim": 32} if family == "qwen3" else {"hidden_size": 64}
     model = tiny_model(family, **sizes)
-    found = kv_loss(model.path, (8, 4, 16), IDS, batch_size=3)
+    found = kv_loss(model.path, (8, 4, 16), HELD_OUT, batch_size=3)
     plain = cache_log_probabilities(model, 0, IDS)
     for policy, losses in found.items():
         ours = cache_log_probabilities(model, policy, IDS)
@@ -206,9 +233,9 @@ def test_quantised_caches_lose_what_they_lose_in_the_engine(family: str) -> None
 def test_policies_without_a_quantised_cache_are_refused() -> None:
     model = tiny_model("llama")
     with pytest.raises(ConfigError, match=r"quant_policy must be one of .* got 0"):
-        kv_loss(model.path, (0,), IDS)
+        kv_loss(model.path, (0,), HELD_OUT)
     with pytest.raises(ConfigError, match="needs a head size that is a multiple of 16"):
-        kv_loss(model.path, (8,), IDS)
+        kv_loss(model.path, (8,), HELD_OUT)
 
 
 def test_bytes_per_token_of_a_cache() -> None:

@@ -13,7 +13,7 @@ from kernels.dense_linear import dense_linear, pack_dense
 from kernels.gpu.w4a16_pack import W4A16Weight
 from kernels.int4_aten import AtenInt4Weight, aten_int4_linear, pack_aten_int4
 from kernels.int4_linear import Int4Weight, int4_linear, pack_int4
-from kernels.int8_linear import ROW_BLOCK, has_int8_kernel, int8_linear, pack_int8
+from kernels.int8_linear import ROW_BLOCK, has_int8_kernel, int8_linear, pack_int8, pack_int8_values
 
 ROWS = (1, 4, 5, 6, 7, 8, 9, 33)  # both sides of what every CPU gives to the 4-bit kernel
 # Error of y relative to its norm, as kernels/int4_linear.py documents it.
@@ -92,6 +92,58 @@ def test_int4_extremes_of_q_and_zero() -> None:
     x = normal(2, 64).bfloat16()
     expected = linear64(x, dequantize(q, zeros, scales).t(), None)
     assert relative_error(int4_linear(x, weight, None), expected) < TOLERANCE[torch.bfloat16]
+
+
+def ordered(
+    dtype: torch.dtype, int8_activations: bool = False, padded: bool = True
+) -> tuple[Int4Weight, Tensor]:
+    """A packed weight of 64 outputs whose inputs are sorted by group, and its exact value.
+
+    `padded`: the last group has only 20 of its 32 inputs, and 12 rows of its zero point.
+    """
+    num_inputs = 84 if padded else 96
+    q, zeros, scales = quantize_rtn(normal(64, 96), 32)
+    order = torch.randperm(num_inputs, generator=torch.Generator().manual_seed(3))
+    padding = order[64:65].repeat(96 - num_inputs)
+    q[num_inputs:] = zeros[2]
+    weight = pack_int4(
+        q, zeros, scales, dtype, "cpu", int8_activations, torch.cat((order, padding))
+    )
+    exact = torch.zeros(64, num_inputs)
+    exact[:, order] = dequantize(q, zeros, scales).t()[:, :num_inputs]
+    return weight, exact
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("num_rows", ROWS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int4_whose_inputs_have_an_order(dtype: torch.dtype, num_rows: int, padded: bool) -> None:
+    weight, exact = ordered(dtype, padded=padded)
+    x, added = normal(num_rows, exact.shape[1], seed=1).to(dtype), normal(64, seed=2).to(dtype)
+    y = int4_linear(x, weight, added)
+    assert relative_error(y, linear64(x, exact, added)) < TOLERANCE[dtype]
+
+
+@needs_int8
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("num_rows", ROWS)
+def test_int4_whose_inputs_have_an_order_with_int8_activations(num_rows: int) -> None:
+    weight, exact = ordered(torch.bfloat16, int8_activations=True)
+    x = normal(num_rows, exact.shape[1], seed=1).bfloat16()
+    error = relative_error(int4_linear(x, weight, None), linear64(x, exact, None))
+    assert error < INT8_TOLERANCE
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(("group_size", "packed_size"), [(96, 32), (512, 256), (640, 128)])
+def test_groups_that_no_cpu_kernel_takes_become_smaller(group_size: int, packed_size: int) -> None:
+    """One group of all inputs among them: its scale is repeated, and the weight stays int4."""
+    weight, _ = quantized(64, group_size, group_size, torch.bfloat16)
+    assert not isinstance(weight, W4A16Weight)
+    few = weight if isinstance(weight, AmxInt4Weight) else weight.few_rows
+    assert few is not None
+    assert few.group_size == packed_size
 
 
 def test_int4_forms_differ_by_one_rounding() -> None:
@@ -175,6 +227,16 @@ def test_int8_is_the_documented_sum() -> None:
     expected *= row_scale * weight_scale.t()
     y = int8_linear(x.float(), pack_int8(weight.float()), None)
     torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_int8
+def test_int8_values_are_multiplied_as_they_are() -> None:
+    """Exact up to the rows' rounding: values from a file are not quantised anew."""
+    values = torch.randint(-128, 128, (48, 320), generator=torch.Generator().manual_seed(0))
+    scales = normal(48, seed=1).abs() + 0.1
+    x = torch.diag(torch.full((320,), 126.0))  # rows that int8 holds exactly
+    y = int8_linear(x, pack_int8_values(values.to(torch.int8), scales), None)
+    torch.testing.assert_close(y, 126 * (values * scales.unsqueeze(1)).t(), rtol=1e-6, atol=0)
 
 
 @needs_int8

@@ -18,12 +18,15 @@ from engine.models import load_decoder, load_spec
 from engine.models.footprint import Footprint, checkpoint_bytes, footprint
 from engine.models.rank_weights import RankWeights
 from engine.models.sharding import Shard
+from engine.models.spec import DecoderSpec
 from engine.parallel import ParallelGroup
 from engine.weights.checkpoint import Checkpoint
 from engine.worker import Worker
 from serve_app.cli import app
 from serve_app.plan import RANK_BYTES, Device, Planner
 from serve_app.plan_gpus import Memory, read_size
+from tests.quantised_models import quantised_model
+from tests.stored_formats import FORMATS
 from tests.tiny_models import FAMILIES, TinyModel, tiny_model
 from tools import sizing
 
@@ -89,6 +92,34 @@ def test_weights_of_each_of_two_ranks(name: str) -> None:
             weights = RankWeights(checkpoint, spec, Shard.of(spec, rank, 2), FP32, "cpu", False)
             loaded = num_bytes(dict(weights), set())
         assert predicted == loaded + 2 * CONTEXT * spec.head_dim * FP32.itemsize
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize(
+    "name", ["awq gemv 64", "gptq v1", "packed channel", "packed 8 bits", "nf4 double", "fp8 block"]
+)
+def test_weights_of_each_format(name: str, dtype: torch.dtype, tp: int) -> None:
+    spec, loaded = loaded_format(name, dtype, tp)
+    predicted = footprint(spec, tp=tp, dtype=dtype, device="cpu", session_len=CONTEXT).weights
+    assert predicted == loaded + 2 * CONTEXT * spec.head_dim * dtype.itemsize
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_weights_with_act_order(tp: int) -> None:
+    """Predicted without the order and, on several ranks, without knowing what fills groups up."""
+    spec, loaded = loaded_format("gptq act-order", BF16, tp)
+    predicted = footprint(spec, tp=tp, dtype=BF16, device="cpu", session_len=CONTEXT).weights
+    assert abs(predicted - loaded) < 0.15 * loaded
+
+
+def loaded_format(name: str, dtype: torch.dtype, tp: int) -> tuple[DecoderSpec, int]:
+    """The spec of a model in a stored format, and the bytes of its first rank's weights."""
+    model = quantised_model("llama", FORMATS[name], **AWQ, head_dim=32)
+    spec = load_spec(model.path)
+    with Checkpoint(model.path) as checkpoint:
+        weights = RankWeights(checkpoint, spec, Shard.of(spec, 0, tp), dtype, "cpu", False)
+        return spec, num_bytes(dict(weights), set())
 
 
 @pytest.mark.parametrize("name", ["llama", "tied", "awq"])

@@ -27,6 +27,11 @@ CASES: dict[str, tuple[str, int | None, dict[str, Any]]] = {
         16,
         {**EVEN, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 12},
     ),
+    "awq, ranks' inputs end within groups": (
+        "llama",
+        16,
+        {**EVEN, "num_key_value_heads": 4, "head_dim": 12, "intermediate_size": 80},
+    ),
     "tied": ("llama", None, {"tie_word_embeddings": True}),
     "one kv head": ("llama", None, {"num_key_value_heads": 1}),
     "qwen2": ("qwen2", None, {}),
@@ -77,24 +82,15 @@ def test_two_ranks_in_bfloat16(logits: dict[str, tuple[Tensor, Tensor]]) -> None
 
 
 @pytest.mark.parametrize(
-    ("group_size", "config", "tp", "message"),
+    ("config", "tp", "message"),
     [
-        (None, {}, 3, "its 4 attention heads are no multiple of 3; allowed: 1, 2, 4"),
-        (None, {"num_attention_heads": 12, "num_key_value_heads": 4}, 6, "its 4 kv heads neither"),
-        (None, {"intermediate_size": 90}, 4, "its intermediate_size 90 is no multiple of 4"),
-        (
-            16,
-            {"intermediate_size": 80, "head_dim": 16},
-            2,
-            "down_proj's 80 inputs over 2 ranks would cut a group",
-        ),
-        (16, {"intermediate_size": 96}, 2, "o_proj's 48 inputs over 2 ranks would cut a group"),
+        ({}, 3, "its 4 attention heads are no multiple of 3; allowed: 1, 2, 4"),
+        ({"num_attention_heads": 12, "num_key_value_heads": 4}, 6, "its 4 kv heads neither"),
+        ({"intermediate_size": 90}, 4, "its intermediate_size 90 is no multiple of 4"),
     ],
 )
-def test_uneven_cut_is_refused(
-    group_size: int | None, config: dict[str, Any], tp: int, message: str
-) -> None:
-    spec = load_spec(tiny_model("llama", group_size, **config).path)
+def test_uneven_cut_is_refused(config: dict[str, Any], tp: int, message: str) -> None:
+    spec = load_spec(tiny_model("llama", **config).path)
     with pytest.raises(ConfigError, match=f"tp={tp} does not fit") as caught:
         check_tp(spec, tp)
     assert message in str(caught.value)

@@ -1,13 +1,11 @@
 """Writes the built-in calibration text, engine/quantize/data/*.jsonl; the same on every machine.
 
-    python -m tools.calibration_text [--demo FILE]
+    python -m tools.calibration_text
 
 Chats of the demo corpus, with and without tools, and texts and chats of other registers, in no
-order. The held-out file has its own seed, names and towns. With --demo only a file of the demo
-corpus is written: the demo model knows nothing else.
+order. The held-out files have their own seeds, names and towns.
 """
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,22 +19,12 @@ from tools.demo_corpus import SYSTEM_PROMPTS, TASKS
 from tools.demo_words import Source
 
 DIRECTORY = Path(__file__).parents[1] / "engine" / "quantize" / "data"
-# name -> bytes, held out
-FILES = {"calibration.jsonl": (600_000, False), "held_out.jsonl": (90_000, True)}
-
-DEMO_SIZE = 600_000  # bytes
 
 Line = dict[str, object]
 Mixture = dict[Callable[[Source], Line], float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the built-in calibration text.")
-    parser.add_argument("--demo", type=Path, metavar="FILE", help="demo chats alone, as JSONL")
-    demo: Path | None = parser.parse_args().demo
-    if demo is not None:
-        demo.write_text(render_demo(), encoding="utf-8")
-        return
     DIRECTORY.mkdir(exist_ok=True)
     for name in FILES:
         (DIRECTORY / name).write_text(render(name), encoding="utf-8")
@@ -44,15 +32,8 @@ def main() -> None:
 
 def render(name: str) -> str:
     """The text of one of FILES: lines of JSON."""
-    size, held_out = FILES[name]
-    return _lines(Source(Random(f"calibration text {name}"), held_out), size, MIXTURE)
-
-
-def render_demo() -> str:
-    return _lines(Source(Random("calibration text of the demo")), DEMO_SIZE, {_demo_chat: 1.0})
-
-
-def _lines(source: Source, size: int, mixture: Mixture) -> str:
+    mixture, size, held_out = FILES[name]
+    source = Source(Random(f"calibration text {name}"), held_out)
     kinds, weights = zip(*mixture.items(), strict=True)
     lines: dict[str, int] = {}  # without repetitions
     while sum(lines.values()) < size:
@@ -93,12 +74,14 @@ def _foreign(source: Source) -> Line:
 
 
 # Shares of lines; a line has 270 to 900 bytes.
-MIXTURE: Mixture = {
-    _demo_chat: 0.40,
-    _chat: 0.20,
-    _text: 0.20,
-    _code: 0.12,
-    _foreign: 0.08,
+DEMO: Mixture = {_demo_chat: 1.0}
+GENERAL: Mixture = {_chat: 0.32, _text: 0.34, _code: 0.20, _foreign: 0.14}
+# name -> mixture, bytes, held out
+FILES = {
+    "demo.jsonl": (DEMO, 240_000, False),
+    "demo_held_out.jsonl": (DEMO, 62_000, True),
+    "general.jsonl": (GENERAL, 400_000, False),
+    "general_held_out.jsonl": (GENERAL, 60_000, True),
 }
 
 if __name__ == "__main__":

@@ -122,15 +122,17 @@ class _Rank(RankWeights):
         else:
             shape = int4[0][0], num_outputs, math.gcd(*(size for _, size in int4))
         if shape not in self._packed:
-            self._packed[shape] = self._pack(shape, padded=shape[0] > inputs.stop - inputs.start)
+            self._packed[shape] = self._pack(shape, inputs.stop - inputs.start)
         return self._packed[shape]
 
-    def _pack(self, shape: Shape, padded: bool) -> Any:
+    def _pack(self, shape: Shape, layer_inputs: int) -> Any:
         num_inputs, num_outputs, group_size = shape
         if not group_size:
             return pack_dense(torch.empty(num_outputs, num_inputs, dtype=self._dtype))
         matrix = _int4_matrix(shape)
-        order = torch.empty(num_inputs, dtype=torch.int64) if padded else None
+        order = None
+        if num_inputs > layer_inputs:  # inputs that fill groups up name others again
+            order = torch.arange(num_inputs, device="cpu") % layer_inputs
         return pack_int4(
             matrix.q, matrix.zeros, matrix.scales, self._dtype, self._device, input_order=order
         )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import ConfigError, InvalidRequestError
-from engine.quantize.texts import BUILTIN, BUILTIN_FILES, MAX_BYTES, Document, Texts, read_texts
+from engine.quantize.texts import BUILTIN, BUILTINS, DATA, MAX_BYTES, Document, Texts, read_texts
 from engine.tokenizer import Tokenizer
 
 HELD_OUT_EVERY = 8  # of a file's documents every eighth, of a single text the last eighth
@@ -40,9 +40,25 @@ class TextRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class HeldOut:
+    """What the loss is measured on: the tokens of texts, and in chats those of the answers.
+
+    What a user says is read and never written by a model; many are not trained to predict it.
+    """
+
+    token_ids: Tensor  # int64 [E, T]
+    counted: Tensor  # bool [E, T]
+
+    @classmethod
+    def all_of(cls, token_ids: Tensor) -> "HeldOut":
+        """With every token counted."""
+        return cls(token_ids, torch.ones_like(token_ids, dtype=torch.bool))
+
+
+@dataclass(frozen=True, slots=True)
 class TokenSamples:
     calibration: Tensor  # int64 [S, T]
-    held_out: Tensor  # int64 [E, T]
+    held_out: HeldOut
     record: TextRecord
 
 
@@ -64,17 +80,21 @@ def samples(
         if value < least:
             raise ConfigError(f"calibration {name} must be at least {least}, got {value}")
     encoder = _Encoder(tokenizer)
-    if str(source) == BUILTIN:
-        texts = [read_texts(path) for path in BUILTIN_FILES]
-        head, held = (list(chain(*encoder.encode(each.documents))) for each in texts)
+    if str(source) in BUILTINS:
+        kept, others = (
+            [read_texts(DATA / each) for each in part] for part in BUILTINS[str(source)]
+        )
+        head = _flat(encoder.encode([each for text in kept for each in text.documents]))
+        held_out = encoder.encode([each for text in others for each in text.documents])
+        held, texts = _counted(held_out, encoder), kept + others
     else:
         texts = [read_texts(Path(source))]
-        head, held = _split(encoder.encode(texts[0].documents), seqlen)
+        head, held = _split(encoder.encode(texts[0].documents), seqlen, encoder)
     _check_length(len(head), len(held), seqlen, source)
     num_held_out = max(1, num_samples // HELD_OUT_SHARE)
-    calibration = _draw(head, num_samples, seqlen, random.Random(seed))
+    calibration = _draw(torch.tensor(head), num_samples, seqlen, random.Random(seed))
     # By a seed of its own: another seed evaluates on the same tokens.
-    held_out = _draw(held, num_held_out, seqlen, random.Random(0))
+    drawn = _draw(torch.tensor(held), num_held_out, seqlen, random.Random(0))
     record = TextRecord(
         source=str(source),
         sha256=hashlib.sha256(b"".join(each.raw for each in texts)).hexdigest(),
@@ -83,13 +103,19 @@ def samples(
         seqlen=seqlen,
         seed=seed,
         num_samples=len(calibration),
-        num_held_out=len(held_out),
+        num_held_out=len(drawn),
         notes=(
             *_notes(texts, encoder),
-            *_shortages(len(calibration), num_samples, len(held_out), num_held_out),
+            *_shortages(len(calibration), num_samples, len(drawn), num_held_out),
         ),
     )
-    return TokenSamples(calibration, held_out, record)
+    ids, counted = drawn.unbind(-1)
+    if not counted[:, 1:].any():  # windows within one long question
+        counted = torch.ones_like(counted)
+    return TokenSamples(calibration, HeldOut(ids, counted.bool()), record)
+
+
+Encoded = tuple[tuple[int, ...], Document]
 
 
 class _Encoder:
@@ -102,13 +128,40 @@ class _Encoder:
         self.num_chats = 0
         self.num_joined = 0  # chats that the template refuses, or has no template for
 
-    def encode(self, documents: Sequence[Document]) -> list[list[int]]:
-        """Token ids of each; a document that was there before is left out."""
-        found = [ids for document in documents if (ids := self._ids(document))]
-        unique = dict.fromkeys(map(tuple, found))
+    def encode(self, documents: Sequence[Document]) -> list["Encoded"]:
+        """Each with its token ids; a document that was there before is left out."""
+        unique: dict[tuple[int, ...], Document] = {}
+        for document in documents:
+            ids = tuple(self._ids(document))
+            self.num_repeated += ids in unique
+            unique.setdefault(ids, document)
+        unique.pop((), None)
         self.num_documents += len(unique)
-        self.num_repeated += len(found) - len(unique)
-        return [list(ids) for ids in unique]
+        return list(unique.items())
+
+    def counted(self, ids: tuple[int, ...], document: Document) -> list[bool]:
+        """The tokens of a chat's answers; all, where there are none or they cannot be told."""
+        counted = [False] * len(ids)
+        for index, message in enumerate(document.messages):
+            if message["role"] == "assistant":
+                start, stop = self._answer(ids, document, index)
+                counted[start:stop] = [True] * (stop - start)
+        return counted if any(counted) else [True] * len(ids)
+
+    def _answer(self, ids: tuple[int, ...], document: Document, index: int) -> tuple[int, int]:
+        """From the prompt's end to the answer's own end token."""
+        try:
+            prompt = self._tokenizer.render_chat(document.messages[:index], tools=document.tools)
+            answered = self._tokenizer.render_chat(
+                document.messages[: index + 1], add_generation_prompt=False, tools=document.tools
+            )
+        except InvalidRequestError:  # a template that wants whole chats
+            return 0, 0
+        start, stop = len(prompt), len(answered)
+        if ids[:start] != tuple(prompt) or ids[:stop] != tuple(answered):
+            return 0, 0  # a template that rewrites what came before
+        ends = [i for i in range(start, stop) if ids[i] in self._tokenizer.eos_token_ids]
+        return start, ends[-1] + 1 if ends else stop
 
     def _ids(self, document: Document) -> list[int]:
         if not document.messages:
@@ -123,15 +176,30 @@ class _Encoder:
             return self._tokenizer.encode(document.joined() + _BREAK)
 
 
-def _split(documents: list[list[int]], seqlen: int) -> tuple[list[int], list[int]]:
+def _split(
+    documents: list[Encoded], seqlen: int, encoder: _Encoder
+) -> tuple[list[int], list[tuple[int, bool]]]:
     """Tokens to calibrate on and tokens held out: whole documents if there are enough of them."""
-    held = list(chain(*documents[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]))
-    if len(held) >= seqlen:
-        kept = (ids for i, ids in enumerate(documents, start=1) if i % HELD_OUT_EVERY)
-        return list(chain(*kept)), held
-    stream = list(chain(*documents))
+    held_out = documents[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+    if sum(len(ids) for ids, _ in held_out) >= seqlen:
+        kept = [each for i, each in enumerate(documents, start=1) if i % HELD_OUT_EVERY]
+        return _flat(kept), _counted(held_out, encoder)
+    stream = _counted(documents, encoder)
     start = max(0, len(stream) - max(seqlen, len(stream) // HELD_OUT_EVERY))
-    return stream[:start], stream[start:]
+    return [token for token, _ in stream[:start]], stream[start:]
+
+
+def _flat(documents: list[Encoded]) -> list[int]:
+    return list(chain.from_iterable(ids for ids, _ in documents))
+
+
+def _counted(documents: list[Encoded], encoder: _Encoder) -> list[tuple[int, bool]]:
+    """Token ids, and whether each counts."""
+    return [
+        pair
+        for ids, document in documents
+        for pair in zip(ids, encoder.counted(ids, document), strict=True)
+    ]
 
 
 def _check_length(num_head: int, num_held: int, seqlen: int, source: str | Path) -> None:
@@ -145,11 +213,11 @@ def _check_length(num_head: int, num_held: int, seqlen: int, source: str | Path)
     )
 
 
-def _draw(tokens: list[int], num_samples: int, seqlen: int, rng: random.Random) -> Tensor:
-    """int64 [S, T]: windows at multiples of T, drawn without repeating, in the text's order."""
+def _draw(tokens: Tensor, num_samples: int, seqlen: int, rng: random.Random) -> Tensor:
+    """[N, ...] -> [S, T, ...]: windows at multiples of T, none twice, in the text's order."""
     num_windows = len(tokens) // seqlen
     chosen = sorted(rng.sample(range(num_windows), min(num_samples, num_windows)))
-    windows = torch.tensor(tokens[: num_windows * seqlen], dtype=torch.int64).view(-1, seqlen)
+    windows = tokens[: num_windows * seqlen].view(num_windows, seqlen, *tokens.shape[1:])
     return windows[torch.tensor(chosen)]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.errors import CheckpointError
 from engine.models import load_spec
+from engine.quantize.calibration import HeldOut
 from engine.quantize.comparison import Comparison, Evaluation
 from engine.quantize.layer import DenseLayer
 from engine.quantize.model import DenseModel
@@ -29,14 +30,14 @@ MAX_LOGITS = 2**22
 def evaluate(
     path: Path,
     reference: Path | None,
-    samples: Tensor,
+    samples: HeldOut,
     *,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     batch_size: int = 1,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """The checkpoint on token ids int64 [E, T]; what a reference's absence leaves open is None.
+    """The checkpoint on held-out tokens; what a reference's absence leaves open is None.
 
     CheckpointError when the two are not of one shape and one vocabulary.
     """
@@ -77,13 +78,13 @@ class Lane:
 
 @torch.inference_mode()
 def compare(
-    lanes: list[Lane], samples: Tensor, batch_size: int = 1, progress: Progress | None = None
+    lanes: list[Lane], samples: HeldOut, batch_size: int = 1, progress: Progress | None = None
 ) -> list[Evaluation]:
     """Of every lane but the first, which is the reference; of a single lane, its own."""
     spec = lanes[0].model.spec
-    _check_ids(samples, lanes[0].model)
+    _check_ids(samples.token_ids, lanes[0].model)
     num_layers, done = spec.num_layers, 0
-    hidden = [lane.model.embed(samples).cpu() for lane in lanes]
+    hidden = [lane.model.embed(samples.token_ids).cpu() for lane in lanes]
     errors: list[list[float]] = [[] for _ in lanes]
     layer: DenseLayer | None = None
     for index in range(num_layers):
@@ -124,7 +125,7 @@ def _hidden_error(found: Tensor, true: Tensor) -> float:
     return total / num_tokens
 
 
-def _score(lanes: list[Lane], hidden: list[Tensor], samples: Tensor) -> list[Comparison]:
+def _score(lanes: list[Lane], hidden: list[Tensor], samples: HeldOut) -> list[Comparison]:
     """All lanes but the first against it, or the only one by itself."""
     heads = {id(lane.model): lane.model.head() for lane in lanes}
     compared = list(zip(lanes, hidden, strict=True))[-max(1, len(lanes) - 1) :]
@@ -135,10 +136,10 @@ def _score(lanes: list[Lane], hidden: list[Tensor], samples: Tensor) -> list[Com
         model = lane.model
         return heads[id(model)].logits(states.to(model.device, model.dtype))
 
-    for row, ids in enumerate(samples):
-        for first in range(0, len(ids) - 1, step):
-            part = slice(first, min(first + step, len(ids) - 1))
-            targets = ids[part.start + 1 : part.stop + 1].to(lanes[0].model.device)
+    for row, (ids, counted) in enumerate(zip(samples.token_ids, samples.counted, strict=True)):
+        places = counted[1:].nonzero().squeeze(1)  # before the tokens that count
+        for part in torch.split(places, step):
+            targets = ids[part + 1].to(lanes[0].model.device)
             true = logits(lanes[0], hidden[0][row, part]) if len(lanes) > 1 else None
             for comparison, (lane, states) in zip(comparisons, compared, strict=True):
                 comparison.add(logits(lane, states[row, part]), targets, true)

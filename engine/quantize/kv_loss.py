@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.kv_cache import bytes_per_block, check_head_dim
 from engine.models import load_spec
+from engine.quantize.calibration import HeldOut
 from engine.quantize.comparison import Evaluation
 from engine.quantize.evaluation import Lane, Progress, compare, open_model
 from kernels.kv_layout import POLICIES
@@ -23,14 +23,14 @@ QUANTIZED = tuple(policy for policy in POLICIES if policy)
 def kv_loss(
     path: Path,
     policies: Sequence[int],
-    samples: Tensor,
+    samples: HeldOut,
     *,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     batch_size: int = 1,
     progress: Progress | None = None,
 ) -> dict[int, Evaluation]:
-    """By quant_policy, on token ids int64 [E, T]; the reference is the plain cache."""
+    """By quant_policy, on held-out tokens; the reference is the plain cache."""
     spec = load_spec(path)
     for policy in policies:
         if policy not in QUANTIZED:

@@ -15,10 +15,8 @@ from engine.errors import CheckpointError
 from engine.models.layout import layer_linears, layer_prefix, qkv_pieces
 from engine.models.rope import rotary_table
 from engine.models.spec import DecoderSpec
-from engine.weights.awq import dequantize
 from engine.weights.checkpoint import Checkpoint
-from engine.weights.matrix import Int4Matrix
-from engine.weights.stored import Piece, StoredLinear, read_weight
+from engine.weights.stored import StoredLinear, read_dense
 from kernels.kv_layout import dequantize_kv, quantize_kv
 
 # The linears that share one input, in the order in which a layer computes them.
@@ -66,7 +64,7 @@ class DenseLayer:
         weights: dict[str, Tensor] = {}
         biases: dict[str, Tensor] = {}
         for linear, rows_of in _rows_of_roles(spec, index):
-            weight = placed(_read_dense(checkpoint, linear), linear.module)
+            weight = placed(read_dense(checkpoint, linear), linear.module)
             bias = None
             if linear.bias:
                 name = f"{linear.module}.bias"
@@ -212,16 +210,6 @@ def _grouped_rows(spec: DecoderSpec, qkv: tuple[StoredLinear, ...]) -> _Rows:
 
 def _select(tensor: Tensor, rows: Tensor | None) -> Tensor:
     return tensor if rows is None else tensor[rows.to(tensor.device)]
-
-
-def _read_dense(checkpoint: Checkpoint, linear: StoredLinear) -> Tensor:
-    """The whole linear, [N, K]."""
-    piece = Piece(linear, 0, linear.out_features)
-    inputs = slice(0, linear.in_features)
-    matrix = read_weight(checkpoint, [piece], inputs, torch.float32)
-    if isinstance(matrix, Int4Matrix):
-        return dequantize(matrix.q, matrix.zeros, matrix.scales).t().contiguous()
-    return matrix
 
 
 def _finite(tensor: Tensor, name: str, checkpoint: Checkpoint) -> Tensor:

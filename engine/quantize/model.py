@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.models.layout import HARMLESS, expected_tensors
+from engine.models.layout import HARMLESS, expected_tensors, optional_tensors
 from engine.models.spec import DecoderSpec
 from engine.quantize.layer import DenseLayer, rms_norm
 from engine.weights.checkpoint import Checkpoint
@@ -31,7 +31,7 @@ class DenseModel:
         self.device = device
         self._own_head = f"{spec.names.head}.weight" in checkpoint.tensors
         own_head = self._own_head or not spec.tie_word_embeddings
-        checkpoint.verify(expected_tensors(spec, head=own_head), HARMLESS)
+        checkpoint.verify(expected_tensors(spec, head=own_head), HARMLESS, optional_tensors(spec))
 
     def __enter__(self) -> "DenseModel":
         return self

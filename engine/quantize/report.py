@@ -95,7 +95,7 @@ class Report:
 
 def write_report(report: Report, directory: Path) -> None:
     """report.json and report.html, each whole or not there."""
-    from engine.quantize.report_page import render_page  # matplotlib's import takes a second
+    from engine.quantize.report_page import render_page  # it imports this module
 
     for name, text in ((JSON_FILE, report.to_json()), (HTML_FILE, render_page(report))):
         temporary = directory / f".{name}.tmp"

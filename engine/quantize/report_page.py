@@ -10,7 +10,7 @@ from html import escape
 from engine.quantize.comparison import Evaluation
 from engine.quantize.report import Report, Result
 from engine.quantize.report_plots import curves, heat_map
-from engine.quantize.verdict import Level, level_of, words
+from engine.quantize.verdict import Level, explanation, headline, level_of
 
 NUM_WORST = 10
 
@@ -76,10 +76,11 @@ def _sections(report: Report) -> Iterable[str]:
     for result in report.results:
         yield _verdict(result, named=len(report.results) > 1)
     yield "<h2>Quality on held-out text</h2>"
+    yield "<p>Counted are the tokens of texts, and in chats those of the answers.</p>"
     yield _quality(report)
     yield "<h2>Size</h2>"
     yield _sizes(report)
-    if report.linear_errors:
+    if any(report.linear_errors):
         yield "<h2>Errors of the linears</h2>"
         yield (
             "<p>How far the outputs of a linear on the calibration text are from those of the "
@@ -100,12 +101,12 @@ def _sections(report: Report) -> Iterable[str]:
 
 
 def _verdict(result: Result, named: bool) -> str:
-    level = level_of(result.evaluation)
-    style, sign = _SIGNS[level]
-    title = f"{result.name}: {level}" if named else level.capitalize()
+    style, sign = _SIGNS[level_of(result.evaluation)]
+    title = headline(result.evaluation)
+    title = f"{result.name}: {title}" if named else title.capitalize()
     return (
         f'<div class="verdict {style}"><p><b><span aria-hidden="true">{sign}</span> '
-        f"{escape(title)}</b></p><p>{escape(words(result.evaluation))}</p></div>"
+        f"{escape(title)}</b></p><p>{escape(explanation(result.evaluation))}</p></div>"
     )
 
 
@@ -165,13 +166,14 @@ def _hidden_errors(lines: dict[str, tuple[float, ...]]) -> str:
 
 
 def _text(report: Report) -> str:
-    text = report.text
+    text, calibrated = report.text, any(report.linear_errors)
     rows = [
         ["Source", f'<span class="path">{escape(text.source)}</span>'],
         ["SHA-256", f'<span class="path">{escape(text.sha256)}</span>'],
         ["Documents", _number(text.num_documents, "{:,}")],
         ["Tokens", _number(text.num_tokens, "{:,}")],
-        ["Samples to calibrate on", _number(text.num_samples, "{:,}")],
+        # Without a calibration there are no errors of linears, and those samples went unused.
+        *([["Samples to calibrate on", _number(text.num_samples, "{:,}")]] * calibrated),
         ["Samples held out", _number(text.num_held_out, "{:,}")],
         ["Tokens of a sample", _number(text.seqlen, "{:,}")],
         ["Seed", _number(text.seed, "{}")],

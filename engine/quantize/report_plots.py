@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from engine.quantize.layer import ROLES
+
 # What matplotlib writes for it becomes the page's text colour.
 _INK = "#010203"
 _STYLE = {
@@ -37,6 +39,7 @@ def heat_map(errors: Sequence[Mapping[str, float]], label: str) -> str:
     """Layers from left to right, roles from top to bottom; of many experts the worst one."""
     columns = [_merge_experts(each) for each in errors]
     roles = list(dict.fromkeys(role for column in columns for role in column))
+    roles.sort(key=_place_in_layer)
     values = [[column.get(role, float("nan")) for column in columns] for role in roles]
 
     def draw(figure: Any) -> None:
@@ -80,6 +83,11 @@ def curves(lines: Mapping[str, Sequence[float]], label: str) -> str:
     return _svg(draw, 3.0, label)
 
 
+def _place_in_layer(role: str) -> int:
+    name = role.rpartition(".")[2]
+    return ROLES.index(name) if name in ROLES else len(ROLES)
+
+
 def _merge_experts(errors: Mapping[str, float]) -> dict[str, float]:
     found: dict[str, float] = {}
     for role, error in errors.items():
@@ -106,17 +114,17 @@ def _svg(draw: Callable[[Any], None], height: float, label: str) -> str:
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         draw(figure)
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    text = file.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)  # addresses that HTML does without
-    text = re.sub(
-        r'<svg\b([^>]*?) height="[^"]*"([^>]*?) width="[^"]*"', r"<svg\1\2", text, count=1
-    )
-    text = re.sub(
-        r'<svg\b([^>]*?) width="[^"]*"([^>]*?) height="[^"]*"', r"<svg\1\2", text, count=1
-    )
-    text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 system-ui, sans-serif", text)
-    return text.replace(_INK, "currentColor").replace(
-        "<svg", f'<svg role="img" aria-label="{label}"', 1
-    )
+    return _inline(file.getvalue(), label)
+
+
+def _inline(text: str, label: str) -> str:
+    """Of an SVG file, what HTML needs: no addresses of standards, no names that nobody uses."""
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
+    used = set(re.findall(r"#([^\s\")]+)", text))
+    text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", text)
+    start, rest = text.split(">", 1)  # the width is the page's
+    start = re.sub(r' (width|height)="[^"]*"', "", start)
+    start = start.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    rest = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 system-ui, sans-serif", rest)
+    return f"{start}>{rest}".replace(_INK, "currentColor")

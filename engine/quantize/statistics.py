@@ -19,6 +19,8 @@ from engine.quantize.layer import DenseLayer
 
 AFTER_ATTENTION = ("gate_up", "down")
 
+COLUMNS = 512  # of a Gram matrix that are computed at once
+
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
@@ -34,7 +36,7 @@ class Statistics:
         """Of inputs [tokens, K]."""
         wide = x.float()
         size = wide.abs()
-        return cls(wide.t() @ wide, size.sum(0), size.amax(0), wide.shape[0])
+        return cls(_gram(wide), size.sum(0), size.amax(0), wide.shape[0])
 
     @property
     def abs_mean(self) -> Tensor:
@@ -135,3 +137,14 @@ class LocalCalibration:
     def _batches(self) -> Iterator[Tensor]:
         """Views of the hidden states."""
         return iter(torch.split(self._hidden, self._batch_size))
+
+
+def _gram(x: Tensor) -> Tensor:
+    """xᵀ x of x [tokens, K]; the part below the diagonal is a copy of that above."""
+    size = x.shape[1]
+    gram = x.new_empty(size, size)
+    for start in range(0, size, COLUMNS):
+        stop = min(start + COLUMNS, size)
+        torch.mm(x[:, :stop].t(), x[:, start:stop], out=gram[:stop, start:stop])
+        gram[start:stop, :start] = gram[:start, start:stop].t()
+    return gram

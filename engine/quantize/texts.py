@@ -12,9 +12,13 @@ from typing import Any
 from engine.errors import ConfigError
 
 BUILTIN = "builtin"
-BUILTIN_FILES = tuple(
-    Path(__file__).parent / "data" / name for name in ("calibration.jsonl", "held_out.jsonl")
-)
+DATA = Path(__file__).parent / "data"
+# The built-in sets by name, each a list of files to calibrate on, and of files that are held out.
+# The demo model knows its own kind of chats and nothing else.
+BUILTINS = {
+    BUILTIN: (("demo.jsonl", "general.jsonl"), ("demo_held_out.jsonl", "general_held_out.jsonl")),
+    "builtin-demo": (("demo.jsonl",), ("demo_held_out.jsonl",)),
+}
 # Of a file's head; what lies behind is not used. 160 samples of 2,048 tokens are about 1.3 MB of
 # English, and tokenising takes 1.4 s per MiB.
 MAX_BYTES = 32 * 2**20
@@ -64,7 +68,7 @@ def read_texts(path: Path) -> Texts:
     except OSError as error:
         raise ConfigError(
             f"cannot read the calibration text {path}: {error.strerror}. Give a .jsonl or .txt "
-            f"file, or {BUILTIN!r}; nothing is downloaded"
+            f"file, or one of {', '.join(BUILTINS)}; nothing is downloaded"
         ) from error
     text = _decode(raw, cut, path)
     if path.suffix.lower() in _JSONL:

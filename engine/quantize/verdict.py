@@ -44,12 +44,12 @@ _MEANINGS: dict[Level, str] = {
     "one was made from.",
     "unknown text": "The reference cannot predict this text itself, so that the loss on it says "
     "little about the model's use: measure on text of its own kind.",
-    "indistinguishable": "Indistinguishable: the answers are the reference's but for ties.",
-    "very close": "Very close: answers differ in wording now and then, not in quality.",
-    "close": "Close: usual for good 4-bit weights; check tasks with long chains of exact steps.",
-    "noticeable": "A noticeable loss: measure your own tasks before you serve it; more bits keep "
+    "indistinguishable": "The answers are the reference's but for ties.",
+    "very close": "Answers differ in wording now and then, not in quality.",
+    "close": "Usual for good 4-bit weights; check tasks with long chains of exact steps.",
+    "noticeable": "Measure your own tasks before you serve it; more bits keep "
     "more, and with weights smaller groups or another method.",
-    "heavy": "A heavy loss: do not serve it without measuring your own tasks; more bits keep more, "
+    "heavy": "Do not serve it without measuring your own tasks; more bits keep more, "
     "and with weights smaller groups or another method.",
 }
 
@@ -65,8 +65,17 @@ def level_of(evaluation: Evaluation) -> Level:
     return next((level for limit, level in _LIMITS if worst < limit), "heavy")
 
 
+def headline(evaluation: Evaluation) -> str:
+    level = level_of(evaluation)
+    return f"{level} loss" if level in ("noticeable", "heavy") else level
+
+
 def words(evaluation: Evaluation) -> str:
-    """The verdict, and the numbers behind it in a sentence."""
+    """The verdict, what it means, and the numbers behind it."""
+    return f"{headline(evaluation).capitalize()}. {explanation(evaluation)}"
+
+
+def explanation(evaluation: Evaluation) -> str:
     meaning = _MEANINGS[level_of(evaluation)]
     if evaluation.kl_mean is None or evaluation.reference_perplexity is None:
         return f"Perplexity {evaluation.perplexity:.4g} on held-out text. {meaning}"

@@ -184,6 +184,25 @@ def test_order_of_inputs() -> None:
     check(summed(int4_linear(x, weight, None)), x.double() @ exact.t())
 
 
+def test_order_of_inputs_with_padding() -> None:
+    """The last group has 20 of its 32 inputs, and 12 rows of its zero point."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(0, 16, (128, 64), generator=generator, dtype=torch.uint8)
+    zeros = torch.randint(0, 16, (4, 64), generator=generator, dtype=torch.uint8)
+    order = torch.randperm(116, generator=generator)
+    q[116:] = zeros[3]
+    padded = torch.cat((order, order[:1].repeat(12)))
+    weight = pack_int4(q, zeros, torch.ones(4, 64), torch.float32, "cuda", input_order=padded)
+    exact = torch.zeros(64, 116, dtype=torch.float64)
+    exact[:, order] = (q.double() - zeros.double().repeat_interleave(32, 0)).t()[:, :116]
+    for num_rows in (3, MAX_KERNEL_ROWS + 1):
+        x = normal(num_rows, 116, seed=10)
+        check(summed(int4_linear(x, weight, None)), x.double() @ exact.t())
+    up = normal(3, 116, seed=11) / 50
+    gate, half = (up.double() @ exact.t()).chunk(2, dim=1)
+    check(int4_silu_mul(up, weight, None), silu(gate) * half, factor=3)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("half", "m", "block_n"), [(64, 3, 128), (192, 17, 256)])
 def test_gated(

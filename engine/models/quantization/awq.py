@@ -4,13 +4,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.models.hf_config import HFConfig
-from engine.models.quantization.common import group_size, names, spelt
+from engine.models.quantization.common import HEADS, group_size, names, spelt
 from engine.weights.formats.awq import GEMV_GROUPS, AwqGemmFormat, AwqGemvFormat
 from engine.weights.formats.dense import DenseFormat
 from engine.weights.formats.weight_format import WeightFormat
 
 VERSIONS = ("gemm", "gemv")
-HEAD = "lm_head"  # AutoAWQ quantises the linears of the layers alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +23,8 @@ class AwqQuantization:
         return f"int4 in groups of {self.group_size}" if self.group_size > 0 else "int4"
 
     def format_of(self, module: str) -> WeightFormat:
-        # AutoAWQ's rule: a name anywhere in the module's.
-        if any(part in module for part in (HEAD, *self.modules_to_not_convert)):
+        # AutoAWQ quantises the layers alone, and skips what has a name anywhere in its own.
+        if module in HEADS or any(part in module for part in self.modules_to_not_convert):
             return DenseFormat()
         if self.version == "gemv":
             return AwqGemvFormat(self.group_size)

@@ -3,18 +3,16 @@
 from dataclasses import dataclass
 
 from engine.models.hf_config import HFConfig
-from engine.models.quantization.common import is_named, names, spelt
+from engine.models.quantization.common import HEADS, is_named, names, spelt
 from engine.weights.formats.bitsandbytes import Bnb4Format, BnbInt8Format
 from engine.weights.formats.dense import DenseFormat
 from engine.weights.formats.weight_format import WeightFormat
-
-HEAD = "lm_head"  # skipped where the settings name nothing else
 
 
 @dataclass(frozen=True, slots=True)
 class BitsAndBytesQuantization:
     format: Bnb4Format | BnbInt8Format
-    skip_modules: tuple[str, ...] = (HEAD,)
+    skip_modules: tuple[str, ...] = HEADS
 
     @property
     def description(self) -> str:
@@ -29,7 +27,7 @@ def read_bitsandbytes(keys: HFConfig) -> BitsAndBytesQuantization:
     eight = keys.flag(spelt(keys, "_load_in_8bit", "load_in_8bit"), False)
     if four == eight:
         raise keys.error("load_in_4bit", four, "true, or load_in_8bit, and not both")
-    skipped = names(keys, "llm_int8_skip_modules") or (HEAD,)
+    skipped = names(keys, "llm_int8_skip_modules") or HEADS  # transformers' default
     if eight:
         return BitsAndBytesQuantization(BnbInt8Format(), skipped)
     keys.choice("bnb_4bit_quant_storage", ("uint8",), "uint8")

@@ -5,6 +5,7 @@ import re
 from engine.models.hf_config import HFConfig
 
 BITS = (2, 4, 8)
+HEADS = ("lm_head", "output")  # the head's names; the second is InternLM2's
 
 
 def names(keys: HFConfig, key: str) -> tuple[str, ...]:

@@ -7,14 +7,13 @@ bits.
 from dataclasses import dataclass
 
 from engine.models.hf_config import HFConfig
-from engine.models.quantization.common import is_named, names, spelt
+from engine.models.quantization.common import HEADS, is_named, names, spelt
 from engine.models.quantization.compressed_tensors import read_block
 from engine.weights.formats.dense import DenseFormat
 from engine.weights.formats.scaled import ScaledFormat
 from engine.weights.formats.weight_format import WeightFormat
 
 BLOCK_KEY = "weight_block_size"
-HEAD = "lm_head"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +27,7 @@ class Fp8Quantization:
         return f"fp8 in blocks of {a} x {b}" if self.format.per == "block" else "fp8"
 
     def format_of(self, module: str) -> WeightFormat:
-        skipped = is_named(module, (HEAD, *self.modules_to_not_convert))
+        skipped = module in HEADS or is_named(module, self.modules_to_not_convert)
         return DenseFormat() if skipped else self.format
 
 

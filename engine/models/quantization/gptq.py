@@ -4,13 +4,12 @@ import re
 from dataclasses import dataclass, replace
 
 from engine.models.hf_config import HFConfig
-from engine.models.quantization.common import BITS, check_pattern, group_size, spelt
+from engine.models.quantization.common import BITS, HEADS, check_pattern, group_size, spelt
 from engine.weights.formats.dense import DenseFormat
 from engine.weights.formats.gptq import GptqFormat
 from engine.weights.formats.weight_format import WeightFormat
 
 ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
-HEAD = "lm_head"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +34,7 @@ class GptqQuantization:
         return f"int{form.bits}{groups}{order}"
 
     def format_of(self, module: str) -> WeightFormat:
-        if module.rpartition(".")[2] == HEAD:
+        if module in HEADS:
             return self.format if self.lm_head else DenseFormat()
         for override in self.dynamic:
             if re.match(override.pattern, module):
