@@ -1,5 +1,6 @@
 """Act-order: a weight whose inputs were sorted wants its rows' values sorted alike."""
 
+import torch
 from torch import Tensor
 
 
@@ -12,14 +13,16 @@ def in_order(x: Tensor, input_order: Tensor | None) -> Tensor:
     return x if input_order is None else x.index_select(1, input_order)
 
 
-def in_own_order(weight: Tensor, input_order: Tensor | None) -> Tensor:
-    """weight [N, K] of sorted inputs -> [N, inputs], column k added to that of input_order[k].
+def in_own_order(rows: Tensor, input_order: Tensor | None) -> Tensor:
+    """rows [K, N] of sorted inputs -> [inputs, N], row k added to that of input_order[k].
 
     Adding, not setting: an input that repeats as padding, with weights of zero, keeps its own.
     """
     if input_order is None:
-        return weight
+        return rows
     num_inputs = int(input_order.max()) + 1
-    if weight.is_meta:  # sizes are all that is asked for
-        return weight.new_empty(len(weight), num_inputs)
-    return weight.new_zeros(len(weight), num_inputs).index_add_(1, input_order, weight)
+    if rows.is_meta:  # sizes are all that is asked for
+        return rows.new_empty(num_inputs, rows.shape[1])
+    if num_inputs == len(rows):
+        return rows.index_select(0, torch.argsort(input_order))
+    return rows.new_zeros(num_inputs, rows.shape[1]).index_add_(0, input_order, rows)

@@ -90,7 +90,7 @@ def pack_aten_int4(
     if device == "cpu" and dtype != torch.float32 and _is_served(group_size, out_features):
         max_rows = MAX_INT4_ROWS_INT8 if int8_activations else _max_int4_rows()
         few_rows = _pack_few_rows(q, scales, offsets, max_rows, input_order)
-    weight = in_own_order(weight, input_order)
+    weight = in_own_order(weight.t(), input_order).t()
     return AtenInt4Weight(
         few_rows=few_rows,
         many_rows=pack_int8(weight) if int8_activations else pack_dense(weight.to(device, dtype)),

@@ -202,6 +202,9 @@ def prune(
         Literal["wanda", "sparsegpt"],
         typer.Option(help="By weight and input (wanda), or with the rest made up for (sparsegpt)."),
     ] = "wanda",
+    damp: Annotated[
+        float | None, typer.Option(help="As of auto_gptq, for sparsegpt; none: 0.01.")
+    ] = None,
     calib_data: CalibData = BUILTIN,
     calib_samples: CalibSamples = 128,
     calib_seqlen: CalibSeqlen = None,

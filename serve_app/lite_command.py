@@ -51,7 +51,9 @@ def _recipe(name: str, options: Options) -> Recipe:
     if name == "smooth_quant":
         return recipes.smooth_quant(options["quant_dtype"], options["alpha"], skip=skip)
     if name == "prune":
-        return recipes.prune(options["pattern"], options["method"], skip=skip)
+        return recipes.prune(
+            options["pattern"], options["method"], damping=options["damp"], skip=skip
+        )
     if options["w_bits"] != 4:
         raise ConfigError(
             f"--w-bits {options['w_bits']} cannot be made, 4 can; for 8 bits use "

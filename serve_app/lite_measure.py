@@ -16,7 +16,7 @@ from engine.errors import ConfigError
 from engine.models import load_spec
 from engine.quantize.calibration import TokenSamples, samples
 from engine.quantize.evaluation import Progress, evaluate, weight_bytes
-from engine.quantize.kv_loss import bytes_per_token, kv_loss
+from engine.quantize.kv_loss import QUANTIZED, bytes_per_token, kv_loss
 from engine.quantize.report import HTML_FILE, JSON_FILE, Report, Result, write_report
 from engine.quantize.source import check_writable, peak_memory
 from engine.quantize.verdict import words
@@ -116,13 +116,15 @@ def _measured_text(path: Path, options: Options) -> TokenSamples:
 
 
 def _policies(text: str) -> list[int]:
-    """ "8,4" -> [8, 4]; kv_loss knows which there are."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
+    """Of 8,4."""
+    known = [str(policy) for policy in QUANTIZED]
+    parts = text.split(",")
+    if not all(part in known for part in parts):
         raise ConfigError(
-            f"--quant-policy takes numbers by comma, such as 8,4, got {text!r}"
-        ) from None
+            f"--quant-policy takes {', '.join(known)} or several of them by comma, such as 8,4, "
+            f"got {text!r}"
+        )
+    return [int(part) for part in parts]
 
 
 def text_of(

@@ -25,7 +25,14 @@ from engine.quantize.kv_loss import bytes_per_token, kv_loss
 from kernels.attention import AttentionMetadata
 from tests.quantised_models import quantised_model
 from tests.stored_formats import FORMATS
-from tests.tiny_models import FAMILIES, TinyModel, copy_model, tiny_model, write_servable_model
+from tests.tiny_models import (
+    FAMILIES,
+    TinyModel,
+    copy_model,
+    tiny_model,
+    write_servable_model,
+    write_tiny_model,
+)
 
 IDS = torch.randint(3, 131, (3, 24), generator=torch.Generator().manual_seed(1))
 HELD_OUT = HeldOut.all_of(IDS)
@@ -132,11 +139,26 @@ def test_chunks_of_logits_and_batches_change_nothing(monkeypatch: pytest.MonkeyP
     paths = tiny_model("mistral", 8).path, tiny_model("mistral").path
     whole = evaluate(*paths, HELD_OUT, batch_size=3)
     monkeypatch.setattr(evaluation, "MAX_LOGITS", 5 * 131 + 1)  # five tokens at once
+    monkeypatch.setattr("engine.quantize.comparison.MAX_WIDE", 2 * 131)
     parts = evaluate(*paths, HELD_OUT)
     assert parts.num_tokens == whole.num_tokens
     assert parts.kl_mean == pytest.approx(whole.kl_mean, rel=1e-5)
     assert parts.perplexity == pytest.approx(whole.perplexity, rel=1e-6)
     assert parts.hidden_errors == pytest.approx(whole.hidden_errors, rel=1e-4)
+
+
+def test_a_head_in_half_precision_is_widened_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_tiny_model("llama", tmp_path / "model")
+    tensors = load_file(model.path / "model.safetensors")
+    head = tensors["lm_head.weight"].to(torch.bfloat16)
+    save_file(tensors | {"lm_head.weight": head}, model.path / "model.safetensors")
+    model.reference.lm_head.weight.data.copy_(head)
+    monkeypatch.setattr("engine.quantize.model.TABLE_ROWS", 50)  # of 131
+    found = evaluate(model.path, tiny_model("llama", 8).path, HELD_OUT)
+    theirs = log_probabilities(tiny_model("llama", 8).reference, IDS)
+    expect_losses(found, log_probabilities(model.reference, IDS), theirs, IDS)
 
 
 def test_progress_counts_to_its_end() -> None:

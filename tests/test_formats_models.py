@@ -13,7 +13,11 @@ from torch.multiprocessing.spawn import spawn
 
 from engine.errors import CheckpointError
 from engine.models import load_spec
+from engine.models.rank_weights import RankWeights
+from engine.models.sharding import Shard
+from engine.weights.checkpoint import Checkpoint
 from kernels.dense_linear import DenseWeight
+from kernels.int8_linear import Int8Weight
 from tests.paged_decoding import PagedDecoder, Replay, replay_rank
 from tests.quantised_models import quantised_model
 from tests.stored_formats import FORMATS, Stored, awq_gemm, compressed_tensors, gptq, packed
@@ -225,11 +229,27 @@ def test_scales_of_activations_have_no_use() -> None:
     assert_transformers_logits(model)
 
 
-@pytest.mark.parametrize("name", ["llama.norm", "dense weight"])
-def test_dense_tensors_must_be_finite(name: str) -> None:
+def test_int8_is_multiplied_by_the_values_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed on any CPU; only one with VNNI would be asked to multiply."""
+    monkeypatch.setattr("engine.models.rank_weights.has_int8_kernel", lambda device, dtype: True)
+    model = quantised_model("llama", FORMATS["llm.int8"], **SIZES)
+    spec = load_spec(model.path)
+    with Checkpoint(model.path) as checkpoint:
+        shard = Shard.of(spec, 1, 2)
+        weights = dict(RankWeights(checkpoint, spec, shard, torch.bfloat16, "cpu", True))
+        down, qkv = weights["layers.0.down.weight"], weights["layers.0.qkv.weight"]
+        scales = checkpoint.read("model.layers.0.mlp.down_proj.SCB") / 127
+    assert isinstance(down, Int8Weight)
+    assert isinstance(qkv, Int8Weight)
+    assert torch.equal(down.scales, scales)
+    assert down.shape == (64, 96)
+    assert qkv.shape == (2 * 16 + 2 * 16, 64)
+
+
+@pytest.mark.parametrize("tensor", ["model.norm.weight", "lm_head.weight"])
+def test_dense_tensors_must_be_finite(tensor: str) -> None:
     model = quantised_model("llama", FORMATS["awq gemm"], **SIZES)
     file = model.path / "model.safetensors"
-    tensor = "model.norm.weight" if name == "llama.norm" else "lm_head.weight"
     tensors = load_file(file)
     tensors[tensor].view(-1)[3] = float("nan")
     save_file(tensors, file)

@@ -11,9 +11,9 @@ from engine.quantize.clip import SHRINKS, clipped_grid, diagonal_blocks
 from engine.quantize.fold import Fold
 from engine.quantize.grid import Grid, in_groups
 from engine.quantize.layer import ROLES, STAGES
-from engine.quantize.method import dense
 from engine.quantize.rtn import Rtn, quantize_rtn
 from engine.quantize.statistics import Statistics
+from engine.weights.stored import to_dense
 from tests.quantize_cases import inputs, loss, statistics, tiny_layer, weight
 from tests.tiny_models import FAMILIES
 
@@ -73,7 +73,7 @@ def test_losses_of_candidates_are_those_of_the_outputs_on_samples(symmetric: boo
     assert len(scales) == 21
     found = scale_losses(exact, Statistics.of(x).gram, scales, 32, symmetric)
     for scale, got in zip(scales, found.tolist(), strict=True):
-        rounded = dense(quantize_rtn(exact * scale, 32, symmetric))
+        rounded = to_dense(quantize_rtn(exact * scale, 32, symmetric))
         assert got == pytest.approx(loss(rounded, exact * scale, x / scale), rel=1e-3)
 
 
@@ -94,9 +94,9 @@ def test_awq_is_better_than_round_to_nearest(group_size: int, symmetric: bool) -
     method = Awq(group_size=group_size, symmetric=symmetric)
     scale = method.best_scale(exact, found, Fold(tiny_layer("qwen3").layer, "down", {}))
     scaled = exact["o"] * scale
-    rounded = dense(method.quantize("o", scaled, found.scaled(1 / scale))) / scale
-    unclipped = dense(method.quantize("q", scaled, found.scaled(1 / scale))) / scale
-    nearest = loss(dense(quantize_rtn(exact["o"], group_size, symmetric)), exact["o"], x)
+    rounded = to_dense(method.quantize("o", scaled, found.scaled(1 / scale))) / scale
+    unclipped = to_dense(method.quantize("q", scaled, found.scaled(1 / scale))) / scale
+    nearest = loss(to_dense(quantize_rtn(exact["o"], group_size, symmetric)), exact["o"], x)
     assert loss(unclipped, exact["o"], x) <= nearest * (1 + 1e-5)
     assert loss(rounded, exact["o"], x) < 0.9 * nearest
 
@@ -143,7 +143,7 @@ def test_a_layer_loses_less_than_by_round_to_nearest(family: str) -> None:
     Rtn(group_size=8).quantize_layer(other.layer, other.calibration)
     assert set(result.linears) == set(ROLES)
     for role in ROLES:
-        torch.testing.assert_close(dense(result.linears[role]), case.layer.weights[role])
+        torch.testing.assert_close(to_dense(result.linears[role]), case.layer.weights[role])
     found = case.calibration.hidden
     torch.testing.assert_close(case.layer.forward(case.hidden), found, rtol=1e-4, atol=1e-4)
     error = float((found - exact).norm() / (exact - case.hidden).norm())
@@ -172,11 +172,11 @@ def test_dead_inputs_zero_rows_and_groups_are_kept_harmless() -> None:
     layer.weights["down"][:, 8:16] = 0.0
     result = Awq(group_size=8).quantize_layer(layer, case.calibration)
     assert bool(torch.isfinite(case.calibration.hidden).all())
-    assert bool((dense(result.linears["gate"])[7] == 0).all())
-    assert bool((dense(result.linears["down"])[:, 8:16] == 0).all())
+    assert bool((to_dense(result.linears["gate"])[7] == 0).all())
+    assert bool((to_dense(result.linears["down"])[:, 8:16] == 0).all())
     assert float(layer.norms["post_attention_norm"][5]) == 0.0
     for matrix in result.linears.values():
-        assert bool(torch.isfinite(dense(matrix)).all())
+        assert bool(torch.isfinite(to_dense(matrix)).all())
 
 
 def test_a_search_on_some_rows_is_confirmed_on_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,10 @@ from engine.errors import CheckpointError
 from engine.quantize.feedback import inverse_factor
 from engine.quantize.gptq import Gptq
 from engine.quantize.layer import ROLES
-from engine.quantize.method import dense
 from engine.quantize.rtn import quantize_rtn
 from engine.quantize.statistics import Statistics
 from engine.weights.matrix import Int4Matrix
+from engine.weights.stored import to_dense
 from tests.quantize_cases import inputs, loss, tiny_layer, values, weight
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -88,8 +88,8 @@ def test_it_rounds_as_the_naive_loop_does(
 def test_it_is_better_than_round_to_nearest(act_order: bool, symmetric: bool) -> None:
     exact, x = weight(64, 256), inputs(256)
     method = Gptq(group_size=64, symmetric=symmetric, act_order=act_order)
-    found = loss(dense(method.quantize(exact, Statistics.of(x).gram)), exact, x)
-    nearest = loss(dense(quantize_rtn(exact, 64, symmetric)), exact, x)
+    found = loss(to_dense(method.quantize(exact, Statistics.of(x).gram)), exact, x)
+    nearest = loss(to_dense(quantize_rtn(exact, 64, symmetric)), exact, x)
     assert found < (0.5 if act_order else 0.7) * nearest
 
 
@@ -116,7 +116,7 @@ def test_inputs_never_seen_are_rounded_by_themselves() -> None:
     exact, x = weight(8, 64), inputs(64)
     x[:, [3, 40]] = 0.0
     matrix = Gptq(group_size=16).quantize(exact, Statistics.of(x).gram)
-    found, nearest = dense(matrix), dense(quantize_rtn(exact, 16))
+    found, nearest = to_dense(matrix), to_dense(quantize_rtn(exact, 16))
     assert torch.equal(found[:, [3, 40]], nearest[:, [3, 40]])
 
 
@@ -146,8 +146,8 @@ def test_damping_is_raised_until_the_matrix_can_be_inverted(
 
 def test_fewer_tokens_than_inputs_are_enough() -> None:
     exact, x = weight(16, 128), inputs(128, tokens=20)
-    found = loss(dense(Gptq(group_size=32).quantize(exact, Statistics.of(x).gram)), exact, x)
-    assert found < 0.5 * loss(dense(quantize_rtn(exact, 32)), exact, x)
+    found = loss(to_dense(Gptq(group_size=32).quantize(exact, Statistics.of(x).gram)), exact, x)
+    assert found < 0.5 * loss(to_dense(quantize_rtn(exact, 32)), exact, x)
 
 
 @pytest.mark.parametrize("static_groups", [False, True])
@@ -158,6 +158,6 @@ def test_a_layer(static_groups: bool) -> None:
     assert set(result.linears) == set(result.errors) == set(ROLES)
     for role, matrix in result.linears.items():
         assert isinstance(matrix, Int4Matrix)
-        assert torch.equal(dense(matrix), case.layer.weights[role])
+        assert torch.equal(to_dense(matrix), case.layer.weights[role])
         assert matrix.shape == tuple(case.layer.weights[role].shape)
     torch.testing.assert_close(case.calibration.hidden, case.layer.forward(case.hidden))

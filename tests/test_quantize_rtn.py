@@ -7,10 +7,11 @@ import torch
 from engine.errors import ConfigError
 from engine.quantize.grid import MIN_SCALE
 from engine.quantize.layer import ROLES
-from engine.quantize.method import dense, relative_error, split_outputs
+from engine.quantize.method import relative_error, split_outputs
 from engine.quantize.rtn import Rtn, quantize_rtn
 from engine.quantize.statistics import Statistics
 from engine.weights.matrix import Int4Matrix
+from engine.weights.stored import to_dense
 from tests.quantize_cases import inputs, loss, tiny_layer, values, weight
 
 
@@ -42,10 +43,31 @@ def test_every_weight_is_at_the_nearest_level_of_its_group(
             assert nearest.max() <= scale * (0.5 + 15 * 2**-11)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_are_rounded_as_their_values(dtype: torch.dtype) -> None:
+    exact = weight(16, 64).to(dtype)
+    half, single = quantize_rtn(exact, 32), quantize_rtn(exact.float(), 32)
+    assert torch.equal(half.q, single.q)
+    assert torch.equal(half.scales, single.scales)
+
+
+def test_weights_on_a_grid_are_kept() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(0, 16, (64, 16), generator=generator, dtype=torch.uint8)
+    zeros = torch.randint(0, 16, (2, 16), generator=generator, dtype=torch.uint8)
+    # Both ends of the range occur in every group, so the grid is found again exactly.
+    q[::32], q[1::32] = 0, 15
+    given = Int4Matrix(q, zeros, torch.full((2, 16), 0.25).half())
+    again = quantize_rtn(given.dequantize(), 32)
+    assert torch.equal(again.q, given.q)
+    assert torch.equal(again.zeros, given.zeros)
+    assert torch.equal(again.scales, given.scales)
+
+
 @pytest.mark.parametrize("value", [0.0, 3.0, -3.0])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_a_constant_group(value: float, symmetric: bool) -> None:
-    rounded = dense(quantize_rtn(torch.full((8, 32), value), 32, symmetric))
+    rounded = to_dense(quantize_rtn(torch.full((8, 32), value), 32, symmetric))
     # Symmetric grids reach 7.5 scales, half a scale from the next level.
     torch.testing.assert_close(
         rounded, torch.full((8, 32), value), rtol=1 / 15 + 1e-3 if symmetric else 1e-3, atol=0
@@ -55,13 +77,13 @@ def test_a_constant_group(value: float, symmetric: bool) -> None:
 def test_small_groups_are_rounded_as_well_as_others() -> None:
     """Scales below float16's normal numbers lose only their own last bits."""
     exact = weight(8, 64)
-    rounded = dense(quantize_rtn(exact * 1e-4, 64))
+    rounded = to_dense(quantize_rtn(exact * 1e-4, 64))
     assert float(quantize_rtn(exact * 1e-4, 64).scales.max()) < 2.0**-14
-    expected = float((dense(quantize_rtn(exact, 64)) - exact).norm())
+    expected = float((to_dense(quantize_rtn(exact, 64)) - exact).norm())
     assert float((rounded * 1e4 - exact).norm()) < 1.1 * expected
     tiny = quantize_rtn(exact * 1e-9, 64)
     assert float(tiny.scales.min()) == MIN_SCALE
-    assert bool((dense(tiny) == 0).all())
+    assert bool((to_dense(tiny) == 0).all())
 
 
 def test_a_group_size_that_does_not_divide_is_named() -> None:
@@ -79,16 +101,16 @@ def test_dense_follows_the_definition_with_an_order_of_inputs() -> None:
         torch.rand(4, 8, generator=generator).half(),
         torch.randperm(64, generator=generator),
     )
-    np.testing.assert_allclose(dense(matrix).double().numpy(), values(matrix), rtol=1e-6)
+    np.testing.assert_allclose(to_dense(matrix).double().numpy(), values(matrix), rtol=1e-6)
     parts = split_outputs(matrix, {"k": 3, "v": 5})
-    joined = torch.cat([dense(part) for part in parts.values()])
-    assert torch.equal(joined, dense(matrix))
-    assert dense(parts["k"]).shape == (3, 64)
+    joined = torch.cat([to_dense(part) for part in parts.values()])
+    assert torch.equal(joined, to_dense(matrix))
+    assert to_dense(parts["k"]).shape == (3, 64)
 
 
 def test_relative_error_is_that_of_the_outputs() -> None:
     exact, x = weight(700, 640), inputs(640)  # more than a block of rows and of columns
-    rounded = dense(quantize_rtn(exact, 64))
+    rounded = to_dense(quantize_rtn(exact, 64))
     expected = loss(rounded, exact, x) / loss(torch.zeros_like(exact), exact, x)
     found = relative_error(exact, rounded, Statistics.of(x).gram)
     assert found == pytest.approx(expected, rel=1e-4)
@@ -105,7 +127,7 @@ def test_a_layer_with_and_without_calibration(family: str) -> None:
     assert without.errors == {}
     assert set(result.biases) == set(case.layer.biases)
     for role in ROLES:
-        assert torch.equal(dense(result.linears[role]), case.layer.weights[role])
+        assert torch.equal(to_dense(result.linears[role]), case.layer.weights[role])
         assert torch.equal(case.layer.weights[role], plain.layer.weights[role])
     assert all(0 < error < 0.05 for error in result.errors.values())
     torch.testing.assert_close(case.calibration.hidden, case.layer.forward(case.hidden))

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from engine.quantize.layer import ROLES
-from engine.quantize.method import dense
 from engine.quantize.smooth_quant import SmoothQuant
 from engine.quantize.w8 import quantize_w8
 from engine.weights.matrix import W8Matrix
+from engine.weights.stored import to_dense
 from tests.quantize_cases import tiny_layer, weight
 from tests.tiny_models import FAMILIES
 
@@ -57,7 +57,7 @@ def test_smoothing_keeps_the_layers_function(family: str) -> None:
     assert set(result.linears) == set(ROLES)
     assert all(isinstance(matrix, W8Matrix) for matrix in result.linears.values())
     for role in ROLES:
-        torch.testing.assert_close(dense(result.linears[role]), case.layer.weights[role])
+        torch.testing.assert_close(to_dense(result.linears[role]), case.layer.weights[role])
     error = (case.calibration.hidden - exact).norm() / (exact - case.hidden).norm()
     assert float(error) < 0.03
     assert all(0 < each < 1e-3 for each in result.errors.values())

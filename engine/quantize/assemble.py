@@ -35,13 +35,12 @@ def assemble(
     spec: DecoderSpec,
     layers: list[Path],
     quantization_config: Mapping[str, Any] | None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Fill the empty directory `target`; `layers` are the files of finished layers, in order."""
     with ExitStack() as files:
         checkpoint = files.enter_context(Checkpoint(source))
         tensors = dict(_tensors(checkpoint, spec, layers, files))
-        _write_shards(target, tensors, max_shard_bytes)
+        _write_shards(target, tensors, MAX_SHARD_BYTES)
     _write_config(target, source, quantization_config)
     _copy_settings(target, source)
 

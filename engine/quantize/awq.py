@@ -36,18 +36,19 @@ class Awq:
     symmetric: bool = False
     search_scale: bool = True
     clip: bool = True
+    skip: tuple[str, ...] = ()
 
     def quantize_layer(self, layer: DenseLayer, calibration: Calibration) -> LayerResult:
-        progress = LayerPass(layer)
-        for stage, roles in STAGES.items():
-            statistics = calibration.statistics(layer, stage)
-            weights = {role: layer.weights[role].float() for role in roles}
-            fold = Fold(layer, stage, progress.linears)
-            scale = self.best_scale(weights, statistics, fold)
-            fold.apply(scale)
-            channels = fold.expand(scale)
-            weights = {role: weight * channels for role, weight in weights.items()}
-            statistics = statistics.scaled(1 / channels)
+        progress = LayerPass(layer, self.skip)
+        for stage in STAGES:
+            statistics, weights = calibration.statistics(layer, stage), progress.weights(stage)
+            fold = Fold.of(progress, stage)
+            if fold is not None:
+                scale = self.best_scale(weights, statistics, fold)
+                fold.apply(scale)
+                channels = fold.expand(scale)
+                weights = {role: weight * channels for role, weight in weights.items()}
+                statistics = statistics.scaled(1 / channels)
             matrices = {
                 role: self.quantize(role, weight, statistics) for role, weight in weights.items()
             }
@@ -88,11 +89,13 @@ class Awq:
         channels = [fold.expand(scale) for scale in scales]
         total = torch.zeros(len(scales), device=channels[0].device)
         for weight in weights:
-            losses = scale_losses(
-                weight, statistics.gram, channels, self.group_size, self.symmetric
-            )
+            losses = self.losses(weight, statistics.gram, channels)
             total += losses / output_energy(weight, statistics.gram).sum().clamp(min=1e-30)
         return total
+
+    def losses(self, weight: Tensor, gram: Tensor, scales: list[Tensor]) -> Tensor:
+        """Of all rows [N, K] under each scale [K]."""
+        return scale_losses(weight, gram, scales, self.group_size, self.symmetric)
 
 
 def candidate_scales(inputs: Tensor, weights: Tensor) -> list[Tensor]:

@@ -26,6 +26,11 @@ class Evaluation:
     hidden_errors: tuple[float, ...] = ()
 
 
+# Log probabilities are float64, because int8 keys and values cost 2.5e-6 nats and float32 rounds by
+# as much. So many are held at once, a few times over: 16 MB each.
+MAX_WIDE = 2**21
+
+
 class Comparison:
     """Collects tokens with the logits before them; `name` stands in errors."""
 
@@ -39,7 +44,12 @@ class Comparison:
 
     def add(self, logits: Tensor, targets: Tensor, reference: Tensor | None = None) -> None:
         """Logits [tokens, V] of the model and its reference before the targets, int64 [tokens]."""
-        # In float64: int8 keys and values cost 2.5e-6 nats, float32 rounding as much.
+        step = max(1, MAX_WIDE // logits.shape[1])
+        for start in range(0, len(targets), step):
+            part = slice(start, start + step)
+            self._add(logits[part], targets[part], None if reference is None else reference[part])
+
+    def _add(self, logits: Tensor, targets: Tensor, reference: Tensor | None) -> None:
         found = self._log_probabilities(logits)
         self._num_tokens += len(targets)
         self._loss += _loss(found, targets)

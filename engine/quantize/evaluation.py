@@ -17,14 +17,14 @@ from engine.models import load_spec
 from engine.quantize.calibration import HeldOut
 from engine.quantize.comparison import Comparison, Evaluation
 from engine.quantize.layer import DenseLayer
-from engine.quantize.model import DenseModel
+from engine.quantize.model import DenseModel, Head
 from engine.tokenizer import Tokenizer
 from engine.weights.checkpoint import Checkpoint
 
 Progress = Callable[[int, int], None]  # steps that are done, and of how many
 
-# Logits that are held at once, as float64 and a few times over: 32 MB each.
-MAX_LOGITS = 2**22
+# Of one model that are held at once: 64 MB. A head's table is converted for so many together.
+MAX_LOGITS = 2**24
 
 
 def evaluate(
@@ -127,7 +127,10 @@ def _hidden_error(found: Tensor, true: Tensor) -> float:
 
 def _score(lanes: list[Lane], hidden: list[Tensor], samples: HeldOut) -> list[Comparison]:
     """All lanes but the first against it, or the only one by itself."""
-    heads = {id(lane.model): lane.model.head() for lane in lanes}
+    heads: dict[int, Head] = {}
+    for model in {id(lane.model): lane.model for lane in lanes}.values():
+        # Quantisers leave the head as it is, so that two models mostly have one table.
+        heads[id(model)] = model.head(beside=next(iter(heads.values()), None))
     compared = list(zip(lanes, hidden, strict=True))[-max(1, len(lanes) - 1) :]
     comparisons = [Comparison(str(lane.model.checkpoint.path)) for lane, _ in compared]
     step = max(1, MAX_LOGITS // lanes[0].model.spec.vocab_size)

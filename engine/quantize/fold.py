@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from engine.quantize.grid import MAX_SCALE, MIN_SCALE
-from engine.quantize.layer import DenseLayer
-from engine.quantize.method import dense, stored_dtype
+from engine.quantize.layer import STAGES, DenseLayer
+from engine.quantize.method import LayerPass, stored_dtype
 from engine.weights.matrix import Int4Matrix, Matrix, W8Matrix
+from engine.weights.stored import to_dense
 
 NORM_BEFORE = {"qkv": "input_norm", "gate_up": "post_attention_norm"}
 LINEAR_BEFORE = {"o": "v", "down": "up"}
@@ -26,6 +27,14 @@ class Fold:
     layer: DenseLayer
     stage: str
     linears: dict[str, Matrix]
+
+    @classmethod
+    def of(cls, progress: LayerPass, stage: str) -> "Fold | None":
+        """None where a linear that is to stay as it is would be scaled."""
+        before = [LINEAR_BEFORE[stage]] if stage in LINEAR_BEFORE else []
+        if any(progress.skips(role) for role in (*STAGES[stage], *before)):
+            return None
+        return cls(progress.layer, stage, progress.linears)
 
     def shared_mean(self, values: Tensor) -> Tensor:
         """[K] -> one value per free scale [C]: the query heads of a kv head share theirs."""
@@ -66,7 +75,7 @@ class Fold:
         role = LINEAR_BEFORE[self.stage]
         if role in self.linears:
             self.linears[role] = scale_outputs(self.linears[role], 1 / scale)
-            layer.weights[role] = dense(self.linears[role]).to(layer.dtype)
+            layer.weights[role] = to_dense(self.linears[role]).to(layer.dtype)
         else:
             layer.weights[role] = layer.weights[role] / scale.unsqueeze(1).to(layer.dtype)
         if role in layer.biases:

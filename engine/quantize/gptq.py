@@ -31,12 +31,14 @@ class Gptq:
     act_order: bool = True
     static_groups: bool = True
     damping: float = 0.01
+    skip: tuple[str, ...] = ()
 
     def quantize_layer(self, layer: DenseLayer, calibration: Calibration) -> LayerResult:
-        progress = LayerPass(layer)
-        for stage, roles in STAGES.items():
-            statistics = calibration.statistics(layer, stage)
-            weights = {role: layer.weights[role].float() for role in roles}
+        progress = LayerPass(layer, self.skip)
+        for stage in STAGES:
+            statistics, weights = calibration.statistics(layer, stage), progress.weights(stage)
+            if not weights:
+                continue
             # Rounded as one linear: they share the inverse, and the steps are fewer and wider.
             matrix = self.quantize(torch.cat(list(weights.values())), statistics.gram)
             sizes = {role: weight.shape[0] for role, weight in weights.items()}

@@ -12,14 +12,16 @@ from engine.quantize.w8 import quantize_w8
 class Int8:
     """Nothing is moved between inputs and weights, unlike in SmoothQuant."""
 
+    skip: tuple[str, ...] = ()
+
     def quantize_layer(
         self, layer: DenseLayer, calibration: Calibration | None = None
     ) -> LayerResult:
         """A calibration is for the errors only."""
-        progress = LayerPass(layer)
-        for stage, roles in STAGES.items():
+        progress = LayerPass(layer, self.skip)
+        for stage in STAGES:
             statistics = None if calibration is None else calibration.statistics(layer, stage)
-            weights = {role: layer.weights[role] for role in roles}
+            weights = progress.weights(stage)
             matrices = {role: quantize_w8(weight, "int8") for role, weight in weights.items()}
             progress.replace(weights, matrices, statistics)
         if calibration is not None:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from engine.models.spec import DecoderSpec
-from engine.quantize.layer import DenseLayer
+from engine.quantize.layer import STAGES, DenseLayer
 from engine.quantize.statistics import Calibration, Statistics
-from engine.weights.matrix import Int4Matrix, Matrix, W8Matrix
+from engine.weights.matrix import Int4Matrix, Matrix
+from engine.weights.stored import to_dense
 
 # Rows of a weight that are worked on at once, so that temporaries are small.
 ROWS = 512
@@ -26,7 +27,8 @@ class LayerResult:
     """A layer's linears as they are to be stored, and what went with them.
 
     `errors` are squared and relative: with D the change of a weight W and H the Gram matrix of its
-    inputs, tr(D H Dᵀ) / tr(W H Wᵀ). They are empty without a calibration.
+    inputs, tr(D H Dᵀ) / tr(W H Wᵀ). They are empty without a calibration, and lack what a method
+    was told to skip.
     """
 
     linears: dict[str, Matrix]  # by role
@@ -44,12 +46,24 @@ class Method(Protocol):
 
 
 class LayerPass:
-    """One layer on its way through a method: its linears so far and their errors."""
+    """One layer on its way through a method: its linears so far and their errors.
 
-    def __init__(self, layer: DenseLayer) -> None:
+    Linears with one of `skip` in their names stay as they are.
+    """
+
+    def __init__(self, layer: DenseLayer, skip: tuple[str, ...]) -> None:
         self.layer = layer
         self.linears: dict[str, Matrix] = {}
         self.errors: dict[str, float] = {}
+        self._skip = skip
+
+    def skips(self, role: str) -> bool:
+        return any(part in self.layer.module(role) for part in self._skip)
+
+    def weights(self, stage: str) -> dict[str, Tensor]:
+        """float32 [N, K] of the stage's linears that are to be quantised, by role."""
+        roles = (role for role in STAGES[stage] if not self.skips(role))
+        return {role: self.layer.weights[role].float() for role in roles}
 
     def replace(
         self,
@@ -59,7 +73,7 @@ class LayerPass:
     ) -> None:
         """The layer computes with `matrices` from now on, instead of with `weights` [N, K]."""
         for role, matrix in matrices.items():
-            rounded = dense(matrix)
+            rounded = to_dense(matrix).float()
             self.linears[role] = matrix
             self.layer.weights[role] = rounded.to(self.layer.dtype)
             if statistics is not None:
@@ -67,8 +81,9 @@ class LayerPass:
 
     def result(self) -> LayerResult:
         dtype = stored_dtype(self.layer.spec)
+        kept = {role: weight.to(dtype) for role, weight in self.layer.weights.items()}
         return LayerResult(
-            linears=self.linears,
+            linears=kept | self.linears,
             biases={role: bias.to(dtype) for role, bias in self.layer.biases.items()},
             norms={name: norm.to(dtype) for name, norm in self.layer.norms.items()},
             errors=self.errors,
@@ -80,20 +95,6 @@ def stored_dtype(spec: DecoderSpec) -> torch.dtype:
     dtype = getattr(torch, spec.dtype)
     assert isinstance(dtype, torch.dtype)
     return dtype
-
-
-def dense(matrix: Matrix) -> Tensor:
-    """float32 [N, K]."""
-    if isinstance(matrix, Tensor):
-        return matrix.float()
-    if isinstance(matrix, W8Matrix):
-        return matrix.dequantize()
-    num_groups = matrix.scales.shape[0]
-    groups = matrix.q.float().view(num_groups, matrix.group_size, -1) - matrix.zeros.unsqueeze(1)
-    rows = (groups * matrix.scales.float().unsqueeze(1)).flatten(0, 1)
-    if matrix.input_order is not None:
-        rows = torch.zeros_like(rows).index_add_(0, matrix.input_order, rows)
-    return rows.t().contiguous()
 
 
 def split_outputs(matrix: Int4Matrix, sizes: Mapping[str, int]) -> dict[str, Matrix]:

@@ -14,6 +14,8 @@ from engine.models.spec import DecoderSpec
 from engine.quantize.layer import DenseLayer, rms_norm
 from engine.weights.checkpoint import Checkpoint
 
+TABLE_ROWS = 4096  # of a head's table that are converted at once
+
 
 class DenseModel:
     """A context manager, as its checkpoint is one; every tensor's name and shape is checked."""
@@ -52,15 +54,17 @@ class DenseModel:
     def layer(self, index: int) -> DenseLayer:
         return DenseLayer.read(self.checkpoint, self.spec, index, self.dtype, self.device)
 
-    def head(self) -> "Head":
-        """Read once for many batches: the table may be a gigabyte."""
+    def head(self, beside: "Head | None" = None) -> "Head":
+        """Read once for many batches: the table may be a gigabyte.
+
+        A table that equals that of the head `beside` is held once.
+        """
         names = self.spec.names
-        table = names.head if self._own_head else names.embed
-        return Head(
-            self._read(f"{names.norm}.weight"),
-            self._read(f"{table}.weight"),
-            self.spec.rms_norm_eps,
-        )
+        name = names.head if self._own_head else names.embed
+        table = self.checkpoint.read(f"{name}.weight").to(self.device)
+        if beside is not None and torch.equal(table, beside.table):
+            table = beside.table
+        return Head(self._read(f"{names.norm}.weight"), table, self.spec.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The last layer's hidden [..., H] -> [..., V]."""
@@ -71,13 +75,23 @@ class DenseModel:
 
 
 class Head:
-    """The final norm [H] and the table [V, H] that turn hidden states into logits."""
+    """The final norm [H] and the table [V, H] that turn hidden states into logits.
+
+    The table stays in the checkpoint's dtype; what is computed is in the hidden states' dtype.
+    """
 
     def __init__(self, norm: Tensor, table: Tensor, eps: float) -> None:
+        self.table = table
         self._norm = norm
-        self._table = table
         self._eps = eps
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The last layer's hidden [..., H] -> [..., V]."""
-        return F.linear(rms_norm(hidden, self._norm, self._eps), self._table)
+        x = rms_norm(hidden, self._norm, self._eps)
+        if self.table.dtype == x.dtype:
+            return F.linear(x, self.table)
+        logits = x.new_empty(*x.shape[:-1], len(self.table))
+        for start in range(0, len(self.table), TABLE_ROWS):
+            rows = slice(start, start + TABLE_ROWS)
+            logits[..., rows] = F.linear(x, self.table[rows].to(x.dtype))
+        return logits

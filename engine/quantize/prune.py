@@ -51,16 +51,18 @@ class Prune:
     pattern: Pattern = Pattern(2, 4)
     method: Literal["wanda", "sparsegpt"] = "sparsegpt"
     damping: float = 0.01
+    skip: tuple[str, ...] = ()
 
     def quantize_layer(self, layer: DenseLayer, calibration: Calibration) -> LayerResult:
-        progress, dtype = LayerPass(layer), stored_dtype(layer.spec)
-        for stage, roles in STAGES.items():
-            statistics = calibration.statistics(layer, stage)
-            weights = {role: layer.weights[role].float() for role in roles}
-            self._check(layer, roles, statistics.gram.shape[0])
+        progress, dtype = LayerPass(layer, self.skip), stored_dtype(layer.spec)
+        for stage in STAGES:
+            statistics, weights = calibration.statistics(layer, stage), progress.weights(stage)
+            if not weights:
+                continue
+            self._check(layer, next(iter(weights)), statistics.gram.shape[0])
             pruned = self.prune(torch.cat(list(weights.values())), statistics.gram).to(dtype)
             parts = torch.split(pruned, [weight.shape[0] for weight in weights.values()])
-            progress.replace(weights, dict(zip(roles, parts, strict=True)), statistics)
+            progress.replace(weights, dict(zip(weights, parts, strict=True)), statistics)
         calibration.advance(layer)
         return progress.result()
 
@@ -70,10 +72,10 @@ class Prune:
             return prune_wanda(rows, gram, self.pattern)
         return prune_sparsegpt(rows, gram, self.pattern, self.damping)
 
-    def _check(self, layer: DenseLayer, roles: tuple[str, ...], in_features: int) -> None:
+    def _check(self, layer: DenseLayer, role: str, in_features: int) -> None:
         if in_features % self.pattern.of:
             raise ConfigError(
-                f"{layer.module(roles[0])} has {in_features} inputs, which pattern "
+                f"{layer.module(role)} has {in_features} inputs, which pattern "
                 f"{self.pattern.keep}:{self.pattern.of} does not divide"
             )
 

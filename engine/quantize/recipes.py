@@ -25,6 +25,7 @@ from engine.quantize.rtn import Rtn
 from engine.quantize.smooth_quant import SmoothQuant
 
 COMPRESSED: Format = "compressed-tensors"
+DAMPING = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ def awq(
     search_scale: bool = True,
     skip: tuple[str, ...] = (),
 ) -> Recipe:
-    method = Awq(group_size=group_size, symmetric=symmetric, search_scale=search_scale)
+    method = Awq(group_size=group_size, symmetric=symmetric, search_scale=search_scale, skip=skip)
     return Recipe("awq", method, _int4(output_format, group_size, symmetric, skip), True)
 
 
@@ -59,15 +60,17 @@ def gptq(
     output_format: Format = "gptq",
     *,
     desc_act: bool = False,
-    damping: float = 0.01,
+    damping: float = DAMPING,
     skip: tuple[str, ...] = (),
 ) -> Recipe:
     """The largest inputs are always rounded first; with `desc_act` groups are cut in that order."""
-    if not 0 < damping < 1:
-        raise ConfigError(f"--damp must be a share between 0 and 1, got {damping}")
     output = _int4(output_format, group_size, symmetric, skip, act_order=desc_act)
     method = Gptq(
-        group_size=group_size, symmetric=symmetric, static_groups=not desc_act, damping=damping
+        group_size=group_size,
+        symmetric=symmetric,
+        static_groups=not desc_act,
+        damping=_damping(damping),
+        skip=skip,
     )
     return Recipe("gptq", method, output, True)
 
@@ -79,7 +82,7 @@ def rtn(
     *,
     skip: tuple[str, ...] = (),
 ) -> Recipe:
-    method = Rtn(group_size=group_size, symmetric=symmetric)
+    method = Rtn(group_size=group_size, symmetric=symmetric, skip=skip)
     return Recipe("rtn", method, _int4(output_format, group_size, symmetric, skip), False)
 
 
@@ -87,14 +90,23 @@ def smooth_quant(
     kind: Literal["int8", "fp8"], alpha: float, *, skip: tuple[str, ...] = ()
 ) -> Recipe:
     output = Output(format=COMPRESSED, kind=kind, symmetric=True, skip=skip)
-    return Recipe("smooth_quant", SmoothQuant(kind=kind, alpha=alpha), output, True)
+    method = SmoothQuant(kind=kind, alpha=alpha, skip=skip)
+    return Recipe("smooth_quant", method, output, True)
 
 
 def prune(
-    pattern: str, method: Literal["wanda", "sparsegpt"], *, skip: tuple[str, ...] = ()
+    pattern: str,
+    method: Literal["wanda", "sparsegpt"],
+    *,
+    damping: float | None = None,
+    skip: tuple[str, ...] = (),
 ) -> Recipe:
+    if damping is not None and method == "wanda":
+        raise ConfigError("--damp is SparseGPT's: leave it out, or use --method sparsegpt")
+    damping = DAMPING if damping is None else _damping(damping)
     output = Output(format="dense", kind="dense", skip=skip)
-    return Recipe("prune", Prune(pattern=Pattern.parse(pattern), method=method), output, True)
+    pruner = Prune(pattern=Pattern.parse(pattern), method=method, damping=damping, skip=skip)
+    return Recipe("prune", pruner, output, True)
 
 
 def on_load(quantize: Quantize, spec: DecoderSpec) -> Recipe:
@@ -127,3 +139,9 @@ def _int4(
         act_order=act_order,
         skip=skip,
     )
+
+
+def _damping(share: float) -> float:
+    if not 0 < share < 1:
+        raise ConfigError(f"--damp must be a share between 0 and 1, got {share}")
+    return share

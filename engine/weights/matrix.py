@@ -40,8 +40,7 @@ class Int4Matrix:
         """float32 [N, K], the inputs in their own order and without padding."""
         groups = self.q.float().view(len(self.scales), -1, self.q.shape[1])
         groups = (groups - self.zeros.float().unsqueeze(1)) * self.scales.float().unsqueeze(1)
-        weight = groups.flatten(0, 1).t().contiguous()
-        return in_own_order(weight, self.input_order)
+        return in_own_order(groups.flatten(0, 1), self.input_order).t().contiguous()
 
 
 @dataclass(frozen=True, slots=True)

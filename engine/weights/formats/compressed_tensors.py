@@ -146,7 +146,7 @@ def compressed_tensors_config(
     """`quantization_config` of a checkpoint of the encoders above.
 
     `group_size` is int4's; None or -1: one scale per output. int8 and fp8 are W8A8: activations
-    are to be quantised per token, by engines that do.
+    are to be quantised per token, by engines that do. compressed-tensors 0.20 refuses act-order.
     """
     grouped = kind == "int4" and group_size not in (None, -1)
     weights = {
