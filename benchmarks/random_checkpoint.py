@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.weights.awq import dequantize, pack_awq, quantize_rtn
+from engine.quantize.rtn import quantize_rtn
+from engine.weights.formats.awq import encode_awq
 
 INIT_STD = 0.02  # Llama's initializer_range: keeps activations near one through 24 layers
 
@@ -63,10 +64,9 @@ def write_checkpoints(directory: Path, shape: LlamaShape, seed: int = 0) -> tupl
         for linear, (rows, columns) in shape.linears().items():
             name = f"model.layers.{layer}.{linear}"
             weight = torch.randn(rows, columns, generator=generator) * INIT_STD
-            q, zeros, scales = quantize_rtn(weight, shape.group_size)
-            awq[f"{name}.qweight"], awq[f"{name}.qzeros"] = pack_awq(q, zeros)
-            awq[f"{name}.scales"] = scales
-            bf16[f"{name}.weight"] = dequantize(q, zeros, scales).t().to(torch.bfloat16)
+            matrix = quantize_rtn(weight, shape.group_size)
+            awq |= {f"{name}.{part}": tensor for part, tensor in encode_awq(matrix).items()}
+            bf16[f"{name}.weight"] = matrix.dequantize().to(torch.bfloat16)
     return (
         _write(directory / "awq", model_config(shape, int4=True), awq),
         _write(directory / "bf16", model_config(shape, int4=False), bf16),

@@ -1,10 +1,11 @@
-"""The AWQ layout: packing against a bit-by-bit reference, and the error of round-to-nearest."""
+"""The AWQ layout: packing against a bit-by-bit reference, and what the values mean."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from engine.weights.awq import dequantize, pack_awq, quantize_rtn, unpack_awq
+from engine.weights.awq import pack_awq, unpack_awq
+from engine.weights.matrix import Int4Matrix
 
 GROUP = 32
 
@@ -55,41 +56,10 @@ def test_round_trip(rows: int, columns: int) -> None:
     assert torch.equal(unpacked_zeros, zeros)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rtn_error_is_at_most_half_a_scale(dtype: torch.dtype) -> None:
-    weight = torch.randn(48, 4 * GROUP, generator=torch.Generator().manual_seed(0)).to(dtype)
-    q, zeros, scales = quantize_rtn(weight, GROUP)
-    assert q.shape == (4 * GROUP, 48)
-    assert zeros.shape == scales.shape == (4, 48)
-    assert scales.dtype == torch.float16
-    error = (dequantize(q, zeros, scales) - weight.float().t()).abs()
-    # The fp16 scale may be 2**-11 too small, which the largest weight, 15 scales away, adds up.
-    bound = scales.float().repeat_interleave(GROUP, 0) * (0.5 + 15 * 2**-11)
-    assert bool((error <= bound).all())
-
-
-def test_rtn_keeps_weights_that_are_on_the_grid() -> None:
-    q, zeros = random_nibbles(2 * GROUP, 16), random_nibbles(2, 16, seed=1)
-    # Both ends of the range occur in every group, so the grid is recovered exactly.
-    q[::GROUP], q[1::GROUP] = 0, 15
-    scales = torch.full((2, 16), 0.25, dtype=torch.float16)
-    weight = dequantize(q, zeros, scales).t()
-    again = quantize_rtn(weight, GROUP)
-    assert all(
-        torch.equal(ours, given) for ours, given in zip(again, (q, zeros, scales), strict=True)
-    )
-
-
-@pytest.mark.parametrize("value", [0.0, 3.0, -3.0])
-def test_rtn_of_a_constant_group(value: float) -> None:
-    q, zeros, scales = quantize_rtn(torch.full((8, GROUP), value), GROUP)
-    assert torch.allclose(dequantize(q, zeros, scales), torch.tensor(value), rtol=1e-3)
-
-
 def test_dequantize_follows_the_definition() -> None:
     q, zeros = random_nibbles(2 * GROUP, 8), random_nibbles(2, 8, seed=1)
     scales = torch.rand(2, 8, generator=torch.Generator().manual_seed(2)).half()
-    weight = dequantize(q, zeros, scales)
+    weight = Int4Matrix(q, zeros, scales).dequantize().t()
     assert weight.dtype == torch.float32
     for k, n in ((0, 0), (GROUP - 1, 3), (GROUP, 7), (2 * GROUP - 1, 5)):
         steps = int(q[k, n]) - int(zeros[k // GROUP, n])
@@ -97,7 +67,5 @@ def test_dequantize_follows_the_definition() -> None:
 
 
 def test_sizes_that_do_not_divide_are_named() -> None:
-    with pytest.raises(ValueError, match="in_features 40 is not a multiple of group_size 32"):
-        quantize_rtn(torch.zeros(8, 40), GROUP)
     with pytest.raises(ValueError, match="12 columns are not a multiple of 8"):
         pack_awq(random_nibbles(4, 12), random_nibbles(4, 12))

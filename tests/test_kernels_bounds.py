@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.weights.awq import dequantize, quantize_rtn
+from engine.quantize.rtn import quantize_rtn
 from kernels import cpu
 from kernels.activation import silu_mul
 from kernels.attention import AttentionMetadata, paged_attention, store_kv
@@ -29,15 +29,15 @@ BF16_EPS = torch.finfo(torch.bfloat16).eps
 
 
 def int4_weight(n: int, k: int, group_size: int, int8: bool) -> tuple[AmxInt4Weight, Tensor]:
-    q, zeros, scales = quantize_rtn(normal(n, k), group_size)
-    weight = pack_amx_int4(q, zeros, scales, int8)
+    stored = quantize_rtn(normal(n, k), group_size)
+    weight = pack_amx_int4(stored.q, stored.zeros, stored.scales, int8)
     weight = replace(
         weight,
         packed=guarded(weight.packed),
         scales=guarded(weight.scales),
         zeros=guarded(weight.zeros),
     )
-    return weight, dequantize(q, zeros, scales).t()
+    return weight, stored.dequantize()
 
 
 @settings(max_examples=60)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.weights.awq import dequantize, quantize_rtn
+from engine.quantize.rtn import quantize_rtn
+from engine.weights.matrix import Int4Matrix
 from kernels import cpu
 from kernels.cpu.int4 import AmxInt4Weight
 from kernels.dense_linear import dense_linear, pack_dense
@@ -52,9 +53,9 @@ def quantized(
     rows: int, columns: int, group_size: int, dtype: torch.dtype, int8_activations: bool = False
 ) -> tuple[Int4Weight, Tensor]:
     """A packed weight and its exact value [N, K]."""
-    q, zeros, scales = quantize_rtn(normal(rows, columns), group_size)
-    packed = pack_int4(q, zeros, scales, dtype, "cpu", int8_activations)
-    return packed, dequantize(q, zeros, scales).t()
+    stored = quantize_rtn(normal(rows, columns), group_size)
+    packed = pack_int4(stored.q, stored.zeros, stored.scales, dtype, "cpu", int8_activations)
+    return packed, stored.dequantize()
 
 
 @pytest.mark.usefixtures("kernels")
@@ -90,7 +91,7 @@ def test_int4_extremes_of_q_and_zero() -> None:
     scales = torch.full((2, 32), 0.5)
     weight = pack_int4(q, zeros, scales, torch.bfloat16, "cpu")
     x = normal(2, 64).bfloat16()
-    expected = linear64(x, dequantize(q, zeros, scales).t(), None)
+    expected = linear64(x, Int4Matrix(q, zeros, scales).dequantize(), None)
     assert relative_error(int4_linear(x, weight, None), expected) < TOLERANCE[torch.bfloat16]
 
 
@@ -102,15 +103,21 @@ def ordered(
     `padded`: the last group has only 20 of its 32 inputs, and 12 rows of its zero point.
     """
     num_inputs = 84 if padded else 96
-    q, zeros, scales = quantize_rtn(normal(64, 96), 32)
+    stored = quantize_rtn(normal(64, 96), 32)
     order = torch.randperm(num_inputs, generator=torch.Generator().manual_seed(3))
     padding = order[64:65].repeat(96 - num_inputs)
-    q[num_inputs:] = zeros[2]
+    stored.q[num_inputs:] = stored.zeros[2]
     weight = pack_int4(
-        q, zeros, scales, dtype, "cpu", int8_activations, torch.cat((order, padding))
+        stored.q,
+        stored.zeros,
+        stored.scales,
+        dtype,
+        "cpu",
+        int8_activations,
+        torch.cat((order, padding)),
     )
     exact = torch.zeros(64, num_inputs)
-    exact[:, order] = dequantize(q, zeros, scales).t()[:, :num_inputs]
+    exact[:, order] = stored.dequantize()[:, :num_inputs]
     return weight, exact
 
 
@@ -148,8 +155,8 @@ def test_groups_that_no_cpu_kernel_takes_become_smaller(group_size: int, packed_
 
 def test_int4_forms_differ_by_one_rounding() -> None:
     """What a row's result may move by when other rows join its step."""
-    q, zeros, scales = quantize_rtn(normal(256, 1024), 128)
-    weight = pack_aten_int4(q, zeros, scales, torch.bfloat16, "cpu")
+    stored = quantize_rtn(normal(256, 1024), 128)
+    weight = pack_aten_int4(stored.q, stored.zeros, stored.scales, torch.bfloat16, "cpu")
     assert weight.few_rows is not None
     x = normal(weight.few_rows.max_rows, 1024, seed=1).bfloat16()
     many = aten_int4_linear(x, replace(weight, few_rows=None), None).double()

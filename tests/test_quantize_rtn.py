@@ -43,6 +43,34 @@ def test_every_weight_is_at_the_nearest_level_of_its_group(
             assert nearest.max() <= scale * (0.5 + 15 * 2**-11)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_are_rounded_as_their_values(dtype: torch.dtype) -> None:
+    exact = weight(16, 64).to(dtype)
+    half, single = quantize_rtn(exact, 32), quantize_rtn(exact.float(), 32)
+    assert torch.equal(half.q, single.q)
+    assert torch.equal(half.scales, single.scales)
+
+
+def test_many_rows_are_rounded_as_few_are() -> None:
+    exact = weight(1100, 64)  # more than are worked on at once
+    whole = quantize_rtn(exact, 32)
+    assert torch.equal(whole.q[:, 900:], quantize_rtn(exact[900:], 32).q)
+    assert torch.equal(whole.scales[:, 900:], quantize_rtn(exact[900:], 32).scales)
+
+
+def test_weights_on_a_grid_are_kept() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(0, 16, (64, 16), generator=generator, dtype=torch.uint8)
+    zeros = torch.randint(0, 16, (2, 16), generator=generator, dtype=torch.uint8)
+    # Both ends of the range occur in every group, so the grid is found again exactly.
+    q[::32], q[1::32] = 0, 15
+    given = Int4Matrix(q, zeros, torch.full((2, 16), 0.25).half())
+    again = quantize_rtn(given.dequantize(), 32)
+    assert torch.equal(again.q, given.q)
+    assert torch.equal(again.zeros, given.zeros)
+    assert torch.equal(again.scales, given.scales)
+
+
 @pytest.mark.parametrize("value", [0.0, 3.0, -3.0])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_a_constant_group(value: float, symmetric: bool) -> None:

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from engine.weights.awq import dequantize, pack_awq, quantize_rtn
+from engine.quantize.rtn import quantize_rtn
+from engine.weights.formats.awq import encode_awq
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "internlm2")
 CLASSES = {  # InternLM2's code is not part of transformers: a Llama under other names
@@ -173,14 +174,13 @@ def _quantize(model: TinyModel, group_size: int) -> None:
     """
     stored = load_file(model.path / "model.safetensors")
     for name in [name for name in stored if "layers." in name and stored[name].dim() == 2]:
-        q, zeros, scales = quantize_rtn(stored.pop(name), group_size)
         module = name.removesuffix(".weight")
-        stored[f"{module}.qweight"], stored[f"{module}.qzeros"] = pack_awq(q, zeros)
-        stored[f"{module}.scales"] = scales
+        encoded = encode_awq(quantize_rtn(stored.pop(name), group_size))
+        stored |= {f"{module}.{part}": tensor for part, tensor in encoded.items()}
     save_file(stored, model.path / "model.safetensors")
     for name, parameter in model.reference.named_parameters():
         if "layers." in name and parameter.dim() == 2:
-            parameter.copy_(dequantize(*quantize_rtn(parameter, group_size)).t())
+            parameter.copy_(quantize_rtn(parameter, group_size).dequantize())
     model.edit_config(
         quantization_config={
             "quant_method": "awq",

@@ -12,7 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.weights.awq import dequantize, pack_awq, quantize_rtn, unpack_awq
+from engine.quantize.rtn import quantize_rtn
+from engine.weights.awq import unpack_awq
+from engine.weights.formats.awq import encode_awq
+from engine.weights.matrix import Int4Matrix
 
 COPIED_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
@@ -23,10 +26,9 @@ def export_awq(model_path: Path, out: Path, group_size: int) -> None:
     state: dict[str, Tensor] = {}
     for name, weight in load_file(model_path / "model.safetensors").items():
         if _is_quantized(name):
-            q, zeros, scales = quantize_rtn(weight, group_size)
             prefix = name.removesuffix("weight")
-            state[f"{prefix}qweight"], state[f"{prefix}qzeros"] = pack_awq(q, zeros)
-            state[f"{prefix}scales"] = scales
+            encoded = encode_awq(quantize_rtn(weight, group_size))
+            state |= {f"{prefix}{part}": tensor for part, tensor in encoded.items()}
         else:
             state[name] = weight
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
@@ -52,8 +54,8 @@ def read_weights(model_path: Path) -> dict[str, Tensor]:
         if name.endswith(".qweight"):
             prefix = name.removesuffix("qweight")
             q, zeros = unpack_awq(tensor, stored[f"{prefix}qzeros"])
-            weight = dequantize(q, zeros, stored[f"{prefix}scales"])
-            state[f"{prefix}weight"] = weight.t().contiguous().to(torch.bfloat16)
+            matrix = Int4Matrix(q, zeros, stored[f"{prefix}scales"])
+            state[f"{prefix}weight"] = matrix.dequantize().to(torch.bfloat16)
         elif name.endswith("weight"):
             state[name] = tensor
     return state

@@ -27,7 +27,8 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.engines import Prompts, generate, open_engine, random_prompts
 from benchmarks.random_checkpoint import LlamaShape, write_checkpoints
 from engine.cuda_graphs import DecodeGraphs
-from engine.weights.awq import dequantize, unpack_awq
+from engine.weights.awq import unpack_awq
+from engine.weights.matrix import Int4Matrix
 
 SHAPE = LlamaShape(
     hidden_size=256, intermediate_size=512, num_layers=3, num_heads=4, num_kv_heads=2,
@@ -193,6 +194,6 @@ def _dense(path: Path) -> dict[str, torch.Tensor]:
             weights[name] = value.float()
         elif kind == "qweight":
             q, zeros = unpack_awq(value, stored[f"{stem}.qzeros"])
-            weight = dequantize(q, zeros, stored[f"{stem}.scales"])
-            weights[f"{stem}.weight"] = weight.t().contiguous()
+            matrix = Int4Matrix(q, zeros, stored[f"{stem}.scales"])
+            weights[f"{stem}.weight"] = matrix.dequantize()
     return weights

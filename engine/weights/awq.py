@@ -1,4 +1,4 @@
-"""The AWQ "gemm" storage layout: packing, unpacking and round-to-nearest quantization.
+"""The AWQ "gemm" storage layout: packing and unpacking.
 
 K is in_features, N is out_features, g the group size along K. A checkpoint stores
 `qweight` int32 [K, N/8], `qzeros` int32 [K/g, N/8] and `scales` fp16 [K/g, N]; the weight is
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 NIBBLES_PER_WORD = 8
-MAX_NIBBLE = 15
 
 # Nibble i (bits 4i..4i+3) of word c holds column 8c + COLUMN_OF_NIBBLE[i]. AutoAWQ interleaves
 # even and odd columns so that its fp16x2 kernels unpack two neighbours with one mask.
@@ -21,9 +20,6 @@ COLUMN_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
 # but 40 of CPU when they have to share the cores with others, because they spin.
 BLOCK_WORDS = 32767
 
-# fp16's smallest normal number: a smaller scale would lose the precision of its group.
-MIN_SCALE = 2.0**-14
-
 
 def unpack_awq(qweight: Tensor, qzeros: Tensor) -> tuple[Tensor, Tensor]:
     """int32 [K, N/8] and [K/g, N/8] -> q uint8 [K, N] and zeros uint8 [K/g, N]."""
@@ -33,34 +29,6 @@ def unpack_awq(qweight: Tensor, qzeros: Tensor) -> tuple[Tensor, Tensor]:
 def pack_awq(q: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
     """q uint8 [K, N] and zeros uint8 [K/g, N] -> int32 [K, N/8] and [K/g, N/8]."""
     return _pack_columns(q), _pack_columns(zeros)
-
-
-def quantize_rtn(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Asymmetric round-to-nearest of a weight [N, K], one scale and zero per group and column.
-
-    Returns q uint8 [K, N], zeros uint8 [K/g, N] and scales fp16 [K/g, N].
-    """
-    out_features, in_features = weight.shape
-    if in_features % group_size:
-        raise ValueError(f"in_features {in_features} is not a multiple of group_size {group_size}")
-    groups = weight.detach().float().t().reshape(-1, group_size, out_features)  # [K/g, g, N]
-    # Including 0 keeps the zero point within 4 bits when a group is all of one sign.
-    lowest = groups.amin(dim=1).clamp(max=0.0)
-    highest = groups.amax(dim=1).clamp(min=0.0)
-    # Rounding uses the fp16 scale that is stored, so q is nearest for the reader of the file.
-    scales = ((highest - lowest) / MAX_NIBBLE).clamp(min=MIN_SCALE).half()
-    zeros = (-lowest / scales.float()).round().clamp(0, MAX_NIBBLE)
-    levels = (groups / scales.float().unsqueeze(1)).round() + zeros.unsqueeze(1)
-    q = levels.clamp(0, MAX_NIBBLE).reshape(in_features, out_features)
-    return q.to(torch.uint8), zeros.to(torch.uint8), scales
-
-
-def dequantize(q: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
-    """q [K, N], zeros [K/g, N] and scales [K/g, N] -> float32 [K, N]."""
-    in_features, out_features = q.shape
-    groups = q.float().reshape(scales.shape[0], -1, out_features)
-    weight = (groups - zeros.float().unsqueeze(1)) * scales.float().unsqueeze(1)
-    return weight.reshape(in_features, out_features)
 
 
 def _pack_columns(values: Tensor) -> Tensor:
