@@ -30,8 +30,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
 os.environ.setdefault("RAY_metrics_report_interval_ms", "500")  # 10 s is long to wait for
 os.environ.setdefault("RAY_SERVE_STATUS_GAUGE_REPORT_INTERVAL_S", "1")  # as is this
-# torch too: tiny tensors gain nothing from threads, and spinning pools cost 2.5 times the CPU. It is
-# imported here already, so that the variable is for the processes that tests start.
+# torch too: tiny tensors gain nothing from threads, and spinning pools cost 2.5 times the CPU. It
+# is imported here already, so that the variable is for the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
