@@ -30,6 +30,7 @@ Options: TypeAlias = dict[str, Any]  # of a command, by the names of its paramet
 
 def run_kv(options: Options) -> None:
     """Measure cache policies on a model; the report goes into the work dir."""
+    options = with_work_dir(options)
     path, device = Path(options["model"]).expanduser(), device_of(options)
     policies = _policies(options["quant_policy"])
     text = _measured_text(path, options)
@@ -70,6 +71,7 @@ def run_kv(options: Options) -> None:
 
 def run_eval(options: Options) -> None:
     """Measure a checkpoint; the report goes into the work dir."""
+    options = with_work_dir(options)
     path, device = Path(options["model"]).expanduser(), device_of(options)
     reference = Path(options["reference"]).expanduser() if options["reference"] else None
     text = _measured_text(path, options)
@@ -172,6 +174,11 @@ def progress_bar() -> Iterator[Progress]:
             bar.update(done - bar.n)
 
         yield progress
+
+
+def with_work_dir(options: Options) -> Options:
+    """~ as the home directory, which a shell leaves as it is behind a =."""
+    return options | {"work_dir": options["work_dir"].expanduser()}
 
 
 def _report_directory(options: Options) -> Path:
