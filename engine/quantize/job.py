@@ -64,7 +64,7 @@ class LocalStates:
         return LocalCalibration(hidden, self.batch_size)
 
     def load(self, path: Path) -> SavedCalibration:
-        return LocalCalibration.load(path)
+        return LocalCalibration.load(path, self.batch_size)
 
 
 @dataclass(frozen=True, slots=True)
