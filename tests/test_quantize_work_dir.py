@@ -9,6 +9,7 @@ import torch
 
 from engine.errors import CheckpointError, ConfigError
 from engine.quantize import recipes
+from engine.quantize.files import disk_errors
 from engine.quantize.job import QuantizationJob
 from engine.quantize.recipes import Recipe
 from engine.quantize.source import Source
@@ -74,3 +75,12 @@ def test_a_tokenizer_of_another_model_is_refused(model: TinyModel, tmp_path: Pat
     awq = recipes.awq(32, symmetric=False)
     with pytest.raises(CheckpointError, match=r"token id 131, .* vocabulary of 131"):
         run(model, tmp_path / "out", awq, samples=torch.full((1, 4), 131))
+
+
+def test_a_file_elsewhere_is_not_blamed_on_the_work_dir(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    with (
+        pytest.raises(CheckpointError, match=r"cannot read or write .*source/gone.*No such file"),
+        disk_errors(tmp_path / ".out.partial", 0),
+    ):
+        (tmp_path / "source" / "gone").read_bytes()
