@@ -22,6 +22,7 @@ from engine.quantize.source import Source, peak_memory
 from serve_app.lite_measure import (
     Options,
     device_of,
+    expanded,
     progress_bar,
     say_results,
     text_of,
@@ -32,7 +33,7 @@ from serve_app.lite_measure import (
 def run_quantization(name: str, options: Options) -> None:
     """Any of the commands that write a checkpoint; `options` by the names of their parameters."""
     recipe, options = _recipe(name, options), with_work_dir(options)
-    source = Source.open(Path(options["model"]).expanduser())
+    source = Source.open(expanded(options["model"]))
     text = _text(source, recipe, options)
     device = device_of(options)
     with ExitStack() as stack:

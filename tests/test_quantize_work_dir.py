@@ -65,6 +65,24 @@ def test_the_home_directory(
     assert (tmp_path / "out" / "config.json").is_file()
 
 
+def test_nobodys_home() -> None:
+    code, text = manta("lite", "rtn", "~nobody-of-this-name/m")
+    assert code == 1
+    assert "the name of no user" in text
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_what_another_left_beside_it_is_kept(
+    restart: bool, model: TinyModel, tmp_path: Path
+) -> None:
+    theirs = tmp_path / ".out.partial" / "model.part1"
+    theirs.parent.mkdir()
+    theirs.write_text("half of a download")
+    with pytest.raises(ConfigError, match=r"model\.part1 is no work of Manta's"):
+        run(model, tmp_path / "out", restart=restart)
+    assert theirs.read_text() == "half of a download"
+
+
 def test_where_a_disk_is_mounted(model: TinyModel) -> None:
     mount = next(path for path in map(Path, ("/dev/shm", "/proc", "/dev")) if os.path.ismount(path))
     with pytest.raises(ConfigError, match="is where a disk is mounted"):
