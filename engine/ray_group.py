@@ -29,6 +29,7 @@ from engine.sequence import EngineRequest
 START_TIMEOUT_S = 120
 JOIN_TIMEOUT_S = 90  # more than torch's own, which knows less
 LOAD_TIMEOUT_S = 3600  # a terabyte at 300 MB/s
+QUANTIZE_TIMEOUT_S = 48 * 3600  # awq searches a model of 8B for hours on a CPU
 CHECK_TIMEOUT_S = 30  # takes about 1 ms, but Python code may keep a process busy
 
 Actor: TypeAlias = "ActorHandle[EngineActor]"
@@ -84,7 +85,7 @@ class EngineGroup:
             )
             infos = await _all(
                 [actor.start.remote() for actor in actors],
-                LOAD_TIMEOUT_S,
+                LOAD_TIMEOUT_S if config.quantize is None else QUANTIZE_TIMEOUT_S,
                 EngineDeadError(
                     "did not load; a rank that has waits for the others, so look at what reads "
                     f"{config.model} or {config.weights_cache_directory()}"

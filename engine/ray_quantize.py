@@ -79,9 +79,8 @@ class CalibrationWorker:
 class RayCalibration:
     """The driver's side: `engine.quantize.statistics.Calibration` over all workers."""
 
-    def __init__(self, actors: list[Actor], batch_size: int) -> None:
+    def __init__(self, actors: list[Actor]) -> None:
         self._actors = actors
-        self._batch_size = batch_size
         self._sent: dict[tuple[str, str], tuple[Tensor, int]] = {}
 
     def statistics(self, layer: DenseLayer, stage: str) -> Statistics:
@@ -103,7 +102,7 @@ class RayCalibration:
     def save(self, path: Path) -> None:
         """The file is that of one process, which can go on from it, and any number of workers."""
         hidden = torch.cat(_gather([each.hidden.remote() for each in self._actors]))
-        LocalCalibration(hidden, self._batch_size).save(path)
+        LocalCalibration(hidden).save(path)
 
     def _changed(self, layer: DenseLayer, roles: tuple[str, ...]) -> Parts:
         """What the workers have not seen, or not as it is now."""
@@ -169,7 +168,7 @@ class RayStates:
                 "--num-workers"
             )
         _gather(starting)
-        return RayCalibration(self._actors, self.batch_size)
+        return RayCalibration(self._actors)
 
     def compute(
         self, function: Callable[..., Any], parts: Sequence[Tensor], *shared: Any

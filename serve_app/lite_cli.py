@@ -38,7 +38,7 @@ Seqlen = CalibSeqlen
 Bits = Annotated[int, typer.Option(help="Bits of a weight: 4. For 8 use smooth_quant.")]
 GroupSize = Annotated[
     int,
-    typer.Option(help="Weights with one scale: 128, 64 or 32; -1: all of an output (not awq)."),
+    typer.Option(help="Weights with one scale: 128, 64 or 32; -1: all of an output."),
 ]
 Symmetric = Annotated[
     bool, typer.Option("--w-sym/--w-asym", help="Without zero points, or with them.")

@@ -19,13 +19,21 @@ from engine.quantize.method import Method
 from engine.quantize.recipes import Recipe
 from engine.quantize.report import Report, Result, Setting, write_report
 from engine.quantize.source import Source, peak_memory
-from serve_app.lite_measure import Options, device_of, progress_bar, say_results, text_of
+from serve_app.lite_measure import (
+    Options,
+    device_of,
+    expanded,
+    progress_bar,
+    say_results,
+    text_of,
+    with_work_dir,
+)
 
 
 def run_quantization(name: str, options: Options) -> None:
     """Any of the commands that write a checkpoint; `options` by the names of their parameters."""
-    recipe = _recipe(name, options)
-    source = Source.open(Path(options["model"]).expanduser())
+    recipe, options = _recipe(name, options), with_work_dir(options)
+    source = Source.open(expanded(options["model"]))
     text = _text(source, recipe, options)
     device = device_of(options)
     with ExitStack() as stack:

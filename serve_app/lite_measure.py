@@ -30,7 +30,8 @@ Options: TypeAlias = dict[str, Any]  # of a command, by the names of its paramet
 
 def run_kv(options: Options) -> None:
     """Measure cache policies on a model; the report goes into the work dir."""
-    path, device = Path(options["model"]).expanduser(), device_of(options)
+    options = with_work_dir(options)
+    path, device = expanded(options["model"]), device_of(options)
     policies = _policies(options["quant_policy"])
     text = _measured_text(path, options)
     directory = _report_directory(options)
@@ -70,8 +71,9 @@ def run_kv(options: Options) -> None:
 
 def run_eval(options: Options) -> None:
     """Measure a checkpoint; the report goes into the work dir."""
-    path, device = Path(options["model"]).expanduser(), device_of(options)
-    reference = Path(options["reference"]).expanduser() if options["reference"] else None
+    options = with_work_dir(options)
+    path, device = expanded(options["model"]), device_of(options)
+    reference = expanded(options["reference"]) if options["reference"] else None
     text = _measured_text(path, options)
     directory = _report_directory(options)
     started = time.monotonic()
@@ -172,6 +174,19 @@ def progress_bar() -> Iterator[Progress]:
             bar.update(done - bar.n)
 
         yield progress
+
+
+def with_work_dir(options: Options) -> Options:
+    """A shell leaves ~ as it is behind a =."""
+    return options | {"work_dir": expanded(options["work_dir"])}
+
+
+def expanded(path: str | Path) -> Path:
+    """With the home directory for ~; ConfigError for a user there is not."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{path} begins with ~ and the name of no user here") from error
 
 
 def _report_directory(options: Options) -> Path:

@@ -126,6 +126,17 @@ def test_any_stored_format_is_measured(name: str) -> None:
     assert found.perplexity == pytest.approx(perplexity(log_p, IDS), rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["gptq v2", "int8 channel"])
+def test_a_quantised_head_is_the_one_that_is_measured(name: str) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 192, "vocab_size": 136}
+    model = quantised_model("llama", FORMATS[name], head=True, **sizes)
+    settings = model.config()["quantization_config"]
+    model.edit_config(quantization_config=settings | {"lm_head": True, "ignore": []})
+    log_p = log_probabilities(model.reference, IDS)
+    found = evaluate(model.path, None, HELD_OUT)
+    assert found.perplexity == pytest.approx(perplexity(log_p, IDS), rel=1e-3)
+
+
 def test_a_model_beside_itself_loses_nothing() -> None:
     model = tiny_model("llama")
     found = evaluate(model.path, model.path, HELD_OUT)
@@ -190,6 +201,11 @@ def test_another_vocabulary_of_equal_size_is_refused(tmp_path: Path) -> None:
         evaluate(model.path, other.path, HELD_OUT)
 
 
+def test_a_path_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not a directory"):
+        evaluate(tiny_model("llama").path, tmp_path / "none", HELD_OUT)
+
+
 def test_ids_beyond_the_vocabulary_are_refused() -> None:
     with pytest.raises(CheckpointError, match="the token id 131, and the model has a vocabulary"):
         evaluate(tiny_model("llama").path, None, HeldOut.all_of(torch.full((1, 8), 131)))
@@ -198,7 +214,7 @@ def test_ids_beyond_the_vocabulary_are_refused() -> None:
 def test_logits_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     model = copy_model(tiny_model("llama"), tmp_path / "model")
     tensors = load_file(model.path / "model.safetensors")
-    tensors["lm_head.weight"][5, 0] = torch.inf
+    tensors["model.norm.weight"][5] = torch.inf
     save_file(tensors, model.path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"model: its logits are not finite"):
         evaluate(model.path, None, HELD_OUT)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from engine.errors import CheckpointError
 from engine.models import load_spec
-from engine.quantize.layer import STAGES
+from engine.quantize.job import LocalStates
+from engine.quantize.layer import STAGES, DenseLayer
 from engine.quantize.model import DenseModel
 from engine.quantize.statistics import LocalCalibration, Statistics
 from engine.weights.checkpoint import Checkpoint
@@ -156,10 +157,29 @@ def test_saved_states_go_on_as_they_were(tmp_path: Path) -> None:
         calibration = LocalCalibration(model.embed(IDS), batch_size=2)
         calibration.advance(model.layer(0))
         calibration.save(tmp_path / "hidden.safetensors")
-        loaded = LocalCalibration.load(tmp_path / "hidden.safetensors")
+        loaded = LocalCalibration.load(tmp_path / "hidden.safetensors", batch_size=2)
         for each in (calibration, loaded):
             each.advance(model.layer(1))
     assert torch.equal(loaded.hidden, calibration.hidden)
+
+
+def test_a_resumed_run_takes_the_batch_size_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A smaller one is how a run goes on that had too little memory."""
+    sizes: list[int] = []
+    forward = DenseLayer.add_attention
+
+    def counted(layer: DenseLayer, hidden: Tensor) -> Tensor:
+        sizes.append(len(hidden))
+        return forward(layer, hidden)
+
+    with open_model(tiny_model("llama").path) as model:
+        LocalStates(4).start(model.embed(IDS)).save(tmp_path / "hidden.safetensors")
+        calibration = LocalStates(1).load(tmp_path / "hidden.safetensors")
+        monkeypatch.setattr(DenseLayer, "add_attention", counted)
+        calibration.advance(model.layer(0))
+    assert sizes == [1] * len(IDS)
 
 
 def test_values_that_overflow_are_named() -> None:

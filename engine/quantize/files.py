@@ -129,6 +129,11 @@ def disk_errors(directory: Path, needed: int) -> Iterator[None]:
                 "there in all. Free space, or raise the limit, and run the same command again: it "
                 "goes on after the last whole layer"
             ) from error
+        if error.filename is not None and directory not in Path(str(error.filename)).parents:
+            raise CheckpointError(
+                f"cannot read or write {error.filename}: {error.strerror}; mend that, and run the "
+                "same command again: it goes on after the last whole layer"
+            ) from error
         raise CheckpointError(
             f"cannot write to {directory}: {error}; mend that, or choose another work dir"
         ) from error

@@ -64,7 +64,7 @@ class LocalStates:
         return LocalCalibration(hidden, self.batch_size)
 
     def load(self, path: Path) -> SavedCalibration:
-        return LocalCalibration.load(path)
+        return LocalCalibration.load(path, self.batch_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ class QuantizationJob:
         """
         check_work_dir(self.work_dir, self.source.path, overwrite=self.overwrite)
         self.output.check(self.source.spec)
-        staging = Staging(self.work_dir)
+        staging = Staging(self._target)
         check_writable(staging.directory)
         with staging.locked(), disk_errors(staging.directory, self._needed_bytes(0)):
             return self._run(staging)
@@ -153,8 +153,13 @@ class QuantizationJob:
         )
         if self.finish is not None:
             self.finish(target, record)
-        staging.publish(self.work_dir, overwrite=self.overwrite)
+        staging.publish(self._target, overwrite=self.overwrite)
         return record
+
+    @property
+    def _target(self) -> Path:
+        """`.` has no name, and a link cannot be replaced by a directory."""
+        return self.work_dir.resolve()
 
     def _quantize(self, staging: Staging, done: int) -> None:
         """The layers from `done` on."""

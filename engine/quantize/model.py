@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.models.layout import HARMLESS, expected_tensors, optional_tensors
+from engine.errors import CheckpointError
+from engine.models.layout import HARMLESS, expected_tensors, head_linear, optional_tensors
+from engine.models.rank_weights import has_head
 from engine.models.spec import DecoderSpec
 from engine.quantize.layer import DenseLayer, rms_norm
 from engine.weights.checkpoint import Checkpoint
+from engine.weights.stored import Piece, to_dense
 
 TABLE_ROWS = 4096  # of a head's table that are converted at once
 
@@ -31,7 +34,7 @@ class DenseModel:
         self.spec = spec
         self.dtype = dtype
         self.device = device
-        self._own_head = f"{spec.names.head}.weight" in checkpoint.tensors
+        self._own_head = has_head(checkpoint, spec)
         own_head = self._own_head or not spec.tie_word_embeddings
         checkpoint.verify(expected_tensors(spec, head=own_head), HARMLESS, optional_tensors(spec))
 
@@ -47,7 +50,17 @@ class DenseModel:
         self.checkpoint.__exit__(kind, error, trace)
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """ids [B, T] -> hidden [B, T, H], on the device; the table itself is not kept."""
+        """ids [B, T] -> hidden [B, T, H], on the device; the table itself is not kept.
+
+        CheckpointError for an id that the model does not have.
+        """
+        largest = int(token_ids.max())
+        if largest >= self.spec.vocab_size:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: the tokenizer gives the token id {largest}, and the "
+                f"model has a vocabulary of {self.spec.vocab_size:,}; use the tokenizer it came "
+                "with"
+            )
         table = self.checkpoint.read(f"{self.spec.names.embed}.weight")
         return F.embedding(token_ids.cpu(), table).to(self.device, self.dtype)
 
@@ -59,16 +72,23 @@ class DenseModel:
 
         A table that equals that of the head `beside` is held once.
         """
-        names = self.spec.names
-        name = names.head if self._own_head else names.embed
-        table = self.checkpoint.read(f"{name}.weight").to(self.device)
+        table = self._table().to(self.device)
         if beside is not None and torch.equal(table, beside.table):
             table = beside.table
-        return Head(self._read(f"{names.norm}.weight"), table, self.spec.rms_norm_eps)
+        norm = self._read(f"{self.spec.names.norm}.weight")
+        return Head(norm, table, self.spec.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The last layer's hidden [..., H] -> [..., V]."""
         return self.head().logits(hidden)
+
+    def _table(self) -> Tensor:
+        """The head's [V, H]: in its own dtype where it is dense, else dequantised."""
+        if not self._own_head:
+            return self.checkpoint.read(f"{self.spec.names.embed}.weight")
+        head = head_linear(self.spec)
+        whole = Piece(head, 0, head.out_features).part(slice(0, head.in_features))
+        return to_dense(head.format.read(self.checkpoint, whole))
 
     def _read(self, name: str) -> Tensor:
         return self.checkpoint.read(name).to(self.device, self.dtype)

@@ -3,6 +3,7 @@
 All that can be wrong with either is refused here, before any work, with the mend.
 """
 
+import os
 import resource
 import shutil
 from collections.abc import Callable
@@ -81,6 +82,11 @@ def check_work_dir(work_dir: Path, source: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"--work-dir {work_dir} lies {where}; choose one beside it")
     if work_dir.exists() and not work_dir.is_dir():
         raise ConfigError(f"--work-dir {work_dir} is a file; choose another name")
+    if os.path.ismount(target):  # the result comes from beside it in one rename
+        raise ConfigError(
+            f"--work-dir {work_dir} is where a disk is mounted, which nothing can replace; choose "
+            "a directory in it"
+        )
     if not work_dir.is_dir() or not any(work_dir.iterdir()):
         return
     if not overwrite:

@@ -21,10 +21,12 @@ from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, ConfigError
 from engine.quantize.files import LazyTensor, sync_directory, write_json, write_tensors
 
 Key: TypeAlias = Mapping[str, Any]
+
+OWN = ("lock", "state.json*", "layer-*", "hidden-*", "checkpoint", "old")  # what is made there
 
 
 class Staging:
@@ -53,8 +55,10 @@ class Staging:
     def begin(self, key: Key, *, restart: bool) -> bool:
         """Whether work of this key is there to go on with; if there is none, it starts with it.
 
-        CheckpointError when what is there has another key; `restart` drops it.
+        CheckpointError when what is there has another key; `restart` drops it. ConfigError for
+        what no run made, which is not dropped.
         """
+        self._check_own()
         key = json.loads(json.dumps(key))  # as it comes back from the file
         if not restart and self._state.is_file():
             found = self._read_state()
@@ -119,6 +123,14 @@ class Staging:
 
     def discard(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _check_own(self) -> None:
+        for path in self.directory.iterdir():
+            if not any(path.match(pattern) for pattern in OWN):
+                raise ConfigError(
+                    f"{path} is no work of Manta's, and {self.directory} is to hold nothing else; "
+                    "move it away, or choose another --work-dir"
+                )
 
     def _read_state(self) -> Any:
         try:

@@ -119,13 +119,12 @@ class LocalCalibration:
 
     def save(self, path: Path) -> None:
         """Write the hidden states between two layers, for `load`."""
-        tensors = {"hidden": LazyTensor.of(self.hidden)}
-        write_tensors(path, tensors, {"batch_size": str(self._batch_size)})
+        write_tensors(path, {"hidden": LazyTensor.of(self.hidden)}, {})
 
     @classmethod
-    def load(cls, path: Path) -> "LocalCalibration":
+    def load(cls, path: Path, batch_size: int = 1) -> "LocalCalibration":
         with safe_open(path, framework="pt") as file:
-            return cls(file.get_tensor("hidden").clone(), int(file.metadata()["batch_size"]))
+            return cls(file.get_tensor("hidden").clone(), batch_size)
 
     def _pass_attention(self, layer: DenseLayer) -> None:
         if self._attended == layer.index:

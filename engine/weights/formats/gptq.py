@@ -141,10 +141,11 @@ def gptq_config(
 
 def rows_by_input(matrix: Int4Matrix) -> tuple[Tensor, Tensor]:
     """q [K, N] with the inputs in their own order, and the group of each, int64 [K]."""
-    groups = torch.arange(len(matrix.q)) // matrix.group_size
+    inputs = torch.arange(len(matrix.q), device=matrix.q.device)
+    groups = inputs // matrix.group_size
     if matrix.input_order is None:
         return matrix.q, groups
     place = torch.argsort(matrix.input_order)
-    if not torch.equal(matrix.input_order[place], torch.arange(len(place))):
+    if not torch.equal(matrix.input_order[place], inputs):
         raise ValueError("inputs that repeat as padding cannot be written: they are a rank's cut")
     return matrix.q[place], groups[place]
