@@ -1,12 +1,12 @@
 """Rows over Ray actors: the outputs of a linear, searched and rounded by several workers at once.
 
 Every method quantises each row by itself, given what all rows share (the inputs' Gram matrix), so
-that the rows are dealt out and what comes back is put end to end. Sums over rows differ by rounding.
+that the rows are dealt out and what comes back is put end to end. Sums over rows differ by
+rounding.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from engine.quantize.awq import Awq, scale_losses
 from engine.quantize.gptq import Gptq
-from engine.quantize.grid import Grid
 from engine.quantize.method import Method
 from engine.quantize.output import merge
 from engine.quantize.prune import Prune
@@ -55,8 +54,8 @@ class SharedAwq(Awq):
         found = self.rows.map(scale_losses, weight, gram, scales, self.group_size, self.symmetric)
         return torch.stack(found).sum(0).to(weight.device)
 
-    def quantize(self, role: str, weight: Tensor, statistics: Statistics) -> Int4Matrix:
-        function = partial(Awq(**_values(self, Awq)).quantize, role)
+    def quantize(self, weight: Tensor, statistics: Statistics) -> Int4Matrix:
+        function = Awq(**_values(self, Awq)).quantize
         return _merge_rows(self.rows.map(function, weight, statistics), weight.device)
 
 
@@ -66,8 +65,7 @@ class SharedGptq(Gptq):
 
     rows: Rows
 
-    def quantize(self, rows: Tensor, gram: Tensor, grid: Grid | None = None) -> Int4Matrix:
-        assert grid is None, "a grid is of all rows"
+    def quantize(self, rows: Tensor, gram: Tensor) -> Int4Matrix:
         return _merge_rows(
             self.rows.map(Gptq(**_values(self, Gptq)).quantize, rows, gram), rows.device
         )

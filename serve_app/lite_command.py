@@ -145,6 +145,7 @@ def _report(
             linear_errors=tuple(
                 {role: math.sqrt(error) for role, error in errors.items()}
                 for errors in record.errors
+                if errors
             ),
             settings=_flat(recipe.settings),
             text=text.record,

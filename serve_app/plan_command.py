@@ -10,6 +10,7 @@ from engine.models import load_spec
 from engine.models.footprint import checkpoint_bytes
 from engine.models.hf_config import read_json
 from engine.models.spec import DecoderSpec
+from engine.quantize.recipes import quantized_spec
 from engine.rank_model import free_memory
 from engine.weights.checkpoint import INDEX_FILE
 from serve_app.plan import Device, Planner
@@ -55,6 +56,8 @@ def run_plan(
     path = path.parent if path.name == "config.json" else path
     spec = load_spec(path)
     engine = _engine_config(path, config, settings)
+    if engine.quantize is not None:
+        spec = quantized_spec(spec, engine.quantize)
     plan = Planner(spec, engine, wanted.device).plan(memory, wanted.num_gpus)
     size = _stored_bytes(path, spec)
     name = path.resolve().name

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+import torch
 from hypothesis import settings
 from openai import OpenAI
 
@@ -29,8 +30,10 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
 os.environ.setdefault("RAY_metrics_report_interval_ms", "500")  # 10 s is long to wait for
 os.environ.setdefault("RAY_SERVE_STATUS_GAUGE_REPORT_INTERVAL_S", "1")  # as is this
-# torch too: tiny tensors gain nothing from threads, and spinning pools cost 2.5 times the CPU.
+# torch too: tiny tensors gain nothing from threads, and spinning pools cost 2.5 times the CPU. It
+# is imported here already, so that the variable is for the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 # Their files run one by one, in processes of their own: tests/test_interpreter.py.
 collect_ignore = [] if interpreted() else ["interpreted"]

@@ -103,15 +103,21 @@ def ordered(
     `padded`: the last group has only 20 of its 32 inputs, and 12 rows of its zero point.
     """
     num_inputs = 84 if padded else 96
-    q, zeros, scales = quantize_rtn(normal(64, 96), 32)
+    stored = quantize_rtn(normal(64, 96), 32)
     order = torch.randperm(num_inputs, generator=torch.Generator().manual_seed(3))
     padding = order[64:65].repeat(96 - num_inputs)
-    q[num_inputs:] = zeros[2]
+    stored.q[num_inputs:] = stored.zeros[2]
     weight = pack_int4(
-        q, zeros, scales, dtype, "cpu", int8_activations, torch.cat((order, padding))
+        stored.q,
+        stored.zeros,
+        stored.scales,
+        dtype,
+        "cpu",
+        int8_activations,
+        torch.cat((order, padding)),
     )
     exact = torch.zeros(64, num_inputs)
-    exact[:, order] = dequantize(q, zeros, scales).t()[:, :num_inputs]
+    exact[:, order] = stored.dequantize()[:, :num_inputs]
     return weight, exact
 
 

@@ -60,7 +60,11 @@ def test_help_names_every_command_and_option() -> None:
         (("auto_awq", *FAST, *CALIB, "--no-search-scale", "--format", "gptq"), "gptq", 4),
         (("auto_gptq", *FAST, *CALIB, "--desc-act"), "gptq", 4),
         (("smooth_quant", *CALIB, "--quant-dtype", "fp8"), "compressed-tensors", 8),
-        (("rtn", *FAST, *MEASURE, "--w-sym", "--format", "compressed-tensors"), "compressed-tensors", 4),
+        (
+            ("rtn", *FAST, *MEASURE, "--w-sym", "--format", "compressed-tensors"),
+            "compressed-tensors",
+            4,
+        ),
     ],
     ids=["awq", "awq as gptq", "gptq", "fp8", "rtn"],
 )
@@ -98,7 +102,7 @@ def test_prune_keeps_two_of_four(method: str, model: TinyModel, tmp_path: Path) 
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
     with Checkpoint(out) as checkpoint:
         weight = checkpoint.read("model.layers.1.mlp.up_proj.weight")
-    zeros = (weight.unflatten(1, (-1, 4)) == 0).sum(-1)
+    zeros = (weight.view(weight.shape[0], -1, 4) == 0).sum(-1)
     assert bool((zeros == 2).all())
 
 

@@ -94,8 +94,9 @@ def test_awq_is_better_than_round_to_nearest(group_size: int, symmetric: bool) -
     method = Awq(group_size=group_size, symmetric=symmetric)
     scale = method.best_scale(exact, found, Fold(tiny_layer("qwen3").layer, "down", {}))
     scaled = exact["o"] * scale
-    rounded = to_dense(method.quantize("o", scaled, found.scaled(1 / scale))) / scale
-    unclipped = to_dense(method.quantize("q", scaled, found.scaled(1 / scale))) / scale
+    rounded = to_dense(method.quantize(scaled, found.scaled(1 / scale))) / scale
+    whole = replace(method, clip=False)
+    unclipped = to_dense(whole.quantize(scaled, found.scaled(1 / scale))) / scale
     nearest = loss(to_dense(quantize_rtn(exact["o"], group_size, symmetric)), exact["o"], x)
     assert loss(unclipped, exact["o"], x) <= nearest * (1 + 1e-5)
     assert loss(rounded, exact["o"], x) < 0.9 * nearest
@@ -106,7 +107,7 @@ def test_clipping_never_costs_a_row_anything() -> None:
     gram = Statistics.of(x).gram
     groups = in_groups(exact, 32)
     full = Grid.spanning(groups, False).nearest(groups).flatten(1)
-    clipped = clipped_grid(exact, gram, 32, False).nearest(groups).flatten(1)
+    clipped = clipped_grid(groups, gram, False).nearest(groups).flatten(1)
     losses = [
         (x.double() @ (each - exact).double().t()).square().sum(0) for each in (full, clipped)
     ]
@@ -116,7 +117,7 @@ def test_clipping_never_costs_a_row_anything() -> None:
 
 def test_the_clip_of_a_group_is_the_best_by_its_own_outputs() -> None:
     exact, x = weight(6, 32), inputs(32)
-    grid = clipped_grid(exact, Statistics.of(x).gram, 32, True)
+    grid = clipped_grid(exact.unsqueeze(1), Statistics.of(x).gram, True)
     for row in range(6):
         own = exact[row : row + 1]
         losses = []

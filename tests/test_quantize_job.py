@@ -25,7 +25,7 @@ from engine.quantize.method import LayerResult, Method
 from engine.quantize.recipes import Recipe
 from engine.quantize.source import Source
 from engine.quantize.staging import Staging
-from engine.quantize.statistics import Calibration, LocalCalibration
+from engine.quantize.statistics import Calibration
 from tests.dequantized import put_into_reference, tensors_of
 from tests.paged_decoding import PagedDecoder
 from tests.tiny_models import TinyModel, copy_model, tiny_model, write_servable_model
@@ -111,7 +111,7 @@ def test_the_two_commands_of_the_readme_in_process(tmp_path: Path) -> None:
     sizes = {key: value for key, value in SIZES.items() if key != "vocab_size"}
     write_servable_model("llama", tmp_path / "dense", **sizes)
     make_job(tmp_path / "dense", tmp_path / "out").run()
-    llm = LLM(str(tmp_path / "out"), dtype="float32", cache_max_entry_count=16)
+    llm = LLM(str(tmp_path / "out"), dtype="float32", cache_max_entry_count=16, num_threads=1)
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     (output,) = llm.generate("The quick", params, use_tqdm=False)
     assert len(output.outputs[0].token_ids) == 4
@@ -136,7 +136,7 @@ def test_what_is_skipped_stays_dense(name: str, family: str, tmp_path: Path) -> 
     dense = [
         name
         for name in stored
-        if name.endswith("weight") and "norm" not in name and f"{name}_scale" not in stored
+        if name.endswith(".weight") and "norm" not in name and f"{name}_scale" not in stored
     ]
     assert sum("layers.1." in name for name in dense) == (7 if family == "llama" else 5)
     assert sum("layers.2." in name for name in dense) == 2
@@ -189,7 +189,9 @@ def test_everything_outside_of_the_layers_is_kept_as_it_is(tmp_path: Path) -> No
     assert {"LICENSE", "chat_template.jinja", "config.json", "generation_config.json"} <= names
     assert not names & {"modeling_x.py", "README.md", "report.json"}
     changed = {"quantization_config"}
-    config, old = (json.loads((at / "config.json").read_text()) for at in (tmp_path / "out", source))
+    config, old = (
+        json.loads((at / "config.json").read_text()) for at in (tmp_path / "out", source)
+    )
     assert {key for key in config | old if config.get(key) != old.get(key)} == changed
 
 
@@ -212,7 +214,9 @@ def test_shards_hold_what_one_file_does(
     sizes = [file.stat().st_size for file in (tmp_path / "many").glob("*.safetensors")]
     assert len(set(index["weight_map"].values())) == len(sizes) > 2
     one, many = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "many")
-    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in one.values())
+    assert index["metadata"]["total_size"] == sum(
+        t.numel() * t.element_size() for t in one.values()
+    )
     assert all(torch.equal(one[name], many[name]) for name in one | many)
     assert greedy(tmp_path / "many") == greedy(tmp_path / "one")
 
@@ -300,7 +304,7 @@ def test_ctrl_c_says_how_to_go_on(model: TinyModel, tmp_path: Path) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted, match="after 2 of 3 layers.* the same command goes on"):
+    with pytest.raises(Interrupted, match=r"after 2 of 3 layers.* the same command goes on"):
         make_job(model.path, tmp_path / "out", method=EndsIn(AWQ.method, 2, interrupt)).run()
     assert make_job(model.path, tmp_path / "out").run().num_layers == 1
 
@@ -342,7 +346,7 @@ def test_a_work_dir_is_overwritten_only_when_asked(model: TinyModel, tmp_path: P
     out.mkdir()
     make_job(model.path, out, RTN).run()  # an empty one is no work of anybody's
     before = files_of(out)
-    with pytest.raises(ConfigError, match="is not empty; .*--overwrite"):
+    with pytest.raises(ConfigError, match=r"is not empty; .*--overwrite"):
         make_job(model.path, out, AWQ).run()
     assert files_of(out) == before
     (out / "own.txt").write_text("not of the source")
@@ -396,7 +400,9 @@ def test_shards_that_are_not_whole(model: TinyModel, tmp_path: Path) -> None:
         Source.open(source)
     file.write_bytes(whole)
     edit_tensors(source, lambda t: t.update({"model.norm.weight": torch.ones(65)}))
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight should be \[64\].*found \[65\]"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.norm\.weight should be \[64\].*found \[65\]"
+    ):
         Source.open(source)
     edit_tensors(source, lambda t: t.pop("model.norm.weight"))
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight \[64\] is missing"):
@@ -423,7 +429,7 @@ def test_group_sizes_that_do_not_divide_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"down_proj: 96 inputs are no multiple .* 64"):
         make_job(odd.path, tmp_path / "out", recipes.rtn(64, False)).run()
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ConfigError, match="must be one of 32, 64, 128, or -1.* got 48"):
+    with pytest.raises(ConfigError, match=r"must be one of 32, 64, 128, or -1.* got 48"):
         recipes.rtn(48, False)
 
 
@@ -477,6 +483,6 @@ def test_a_disk_without_room_is_refused_first(
 def test_a_source_that_changes_meanwhile(model: TinyModel, tmp_path: Path) -> None:
     source = copy_model(model, tmp_path / "dense").path
     method = EndsIn(AWQ.method, 2, lambda: os.utime(source / "model.safetensors"))
-    with pytest.raises(CheckpointError, match="changed while it was read.*--restart"):
+    with pytest.raises(CheckpointError, match=r"changed while it was read.*--restart"):
         make_job(source, tmp_path / "out", method=method).run()
     assert not (tmp_path / "out").exists()

@@ -51,6 +51,13 @@ def test_half_precision_weights_are_rounded_as_their_values(dtype: torch.dtype) 
     assert torch.equal(half.scales, single.scales)
 
 
+def test_many_rows_are_rounded_as_few_are() -> None:
+    exact = weight(1100, 64)  # more than are worked on at once
+    whole = quantize_rtn(exact, 32)
+    assert torch.equal(whole.q[:, 900:], quantize_rtn(exact[900:], 32).q)
+    assert torch.equal(whole.scales[:, 900:], quantize_rtn(exact[900:], 32).scales)
+
+
 def test_weights_on_a_grid_are_kept() -> None:
     generator = torch.Generator().manual_seed(0)
     q = torch.randint(0, 16, (64, 16), generator=generator, dtype=torch.uint8)

@@ -225,4 +225,4 @@ def test_the_packing_version_names_this_layout() -> None:
         weight = pack_amx_int4(q, zeros, scales, int8)
         for part in (weight.packed, weight.scales, weight.zeros):
             digest.update(part.numpy().tobytes())
-    assert (PACKING_VERSION, digest.hexdigest()[:16]) == (1, "72daf4d2eaedd4b8")
+    assert (PACKING_VERSION, digest.hexdigest()[:16]) == (2, "72daf4d2eaedd4b8")

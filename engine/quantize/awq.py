@@ -13,9 +13,10 @@ from torch import Tensor
 
 from engine.quantize.clip import clipped_grid
 from engine.quantize.fold import Fold
-from engine.quantize.grid import Grid, in_groups
+from engine.quantize.grid import ROWS, Grid, in_groups, round_rows
 from engine.quantize.layer import STAGES, DenseLayer
-from engine.quantize.method import ROWS, LayerPass, LayerResult, output_energy
+from engine.quantize.method import LayerPass, LayerResult, output_energy
+from engine.quantize.rtn import quantize_rtn
 from engine.quantize.statistics import Calibration, Statistics
 from engine.weights.matrix import Int4Matrix
 
@@ -24,13 +25,14 @@ FIXED_RATIO = 0.5  # without a search, as LMDeploy has it
 SEARCH_ROWS = 512  # of each linear, to try all scales on
 MIN_SIZE = 1e-4  # of a candidate scale, before it is normalised
 
-# Scores multiply an error of q by one of k, so AutoAWQ leaves their ranges whole.
-UNCLIPPED = ("q", "k")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Awq:
-    """`group_size` -1 means one group of all inputs."""
+    """`group_size` -1 means one group of all inputs.
+
+    `clip` is for q and k too, which AutoAWQ leaves whole: by their own Gram matrix it takes the
+    demo model's KL divergence from 0.064 to 0.050 at groups of 128, from 0.058 to 0.047 at 64.
+    """
 
     group_size: int = 128
     symmetric: bool = False
@@ -49,20 +51,20 @@ class Awq:
                 channels = fold.expand(scale)
                 weights = {role: weight * channels for role, weight in weights.items()}
                 statistics = statistics.scaled(1 / channels)
-            matrices = {
-                role: self.quantize(role, weight, statistics) for role, weight in weights.items()
-            }
+            matrices = {role: self.quantize(weight, statistics) for role, weight in weights.items()}
             progress.replace(weights, matrices, statistics)
         calibration.advance(layer)
         return progress.result()
 
-    def quantize(self, role: str, weight: Tensor, statistics: Statistics) -> Int4Matrix:
+    def quantize(self, weight: Tensor, statistics: Statistics) -> Int4Matrix:
         """A scaled weight [N, K], or some of its rows: each is quantised by itself."""
-        groups = in_groups(weight, self.group_size)
-        grid = Grid.spanning(groups, self.symmetric)
-        if self.clip and role not in UNCLIPPED:
-            grid = clipped_grid(weight, statistics.gram, self.group_size, self.symmetric)
-        return grid.matrix(grid.levels(groups))
+        if not self.clip:
+            return quantize_rtn(weight, self.group_size, self.symmetric)
+        return round_rows(
+            weight,
+            self.group_size,
+            lambda groups: clipped_grid(groups, statistics.gram, self.symmetric),
+        )
 
     def best_scale(
         self, weights: Mapping[str, Tensor], statistics: Statistics, fold: Fold

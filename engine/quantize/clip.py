@@ -8,16 +8,15 @@ an output, so that a row whose whole error grew keeps its full ranges.
 import torch
 from torch import Tensor
 
-from engine.quantize.grid import Grid, in_groups
+from engine.quantize.grid import Grid
 from engine.quantize.method import output_energy
 
 # As AutoAWQ searches: down to half the range in steps of 1/20.
 SHRINKS = tuple(1 - i / 20 for i in range(10))
 
 
-def clipped_grid(weight: Tensor, gram: Tensor, group_size: int, symmetric: bool) -> Grid:
-    """The grid [N, K/g, 1] of float32 rows [N, K], whose inputs have the Gram matrix [K, K]."""
-    groups = in_groups(weight, group_size)
+def clipped_grid(groups: Tensor, gram: Tensor, symmetric: bool) -> Grid:
+    """The grid [N, K/g, 1] of groups [N, K/g, g], whose inputs have the Gram matrix [K, K]."""
     full = Grid.spanning(groups, symmetric)
     shrunk = _best_of_groups(groups, diagonal_blocks(gram, groups.shape[2]), symmetric)
     errors = [

@@ -46,14 +46,11 @@ class Gptq:
         calibration.advance(layer)
         return progress.result()
 
-    def quantize(self, rows: Tensor, gram: Tensor, grid: Grid | None = None) -> Int4Matrix:
-        """Rows [N, K] whose inputs have the Gram matrix [K, K].
-
-        A `grid` [N, K/g, 1] of groups in the inputs' own order is used instead of the groups'
-        full ranges; it makes groups static.
-        """
+    def quantize(self, rows: Tensor, gram: Tensor) -> Int4Matrix:
+        """Rows [N, K] whose inputs have the Gram matrix [K, K]."""
         order = _order(gram) if self.act_order else None
-        if grid is None and self.static_groups:
+        grid = None
+        if self.static_groups:
             grid = Grid.spanning(in_groups(rows, self.group_size), self.symmetric)
         columns = rows.float().t()
         columns = columns.clone() if order is None else columns[order]

@@ -4,6 +4,7 @@ The last dimension is always that of a group's values. Scales are values of floa
 store them, so that what is rounded, measured and written is the same.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.weights.matrix import Int4Matrix
+
+# Rows of a weight that are worked on at once: a layer's temporaries stay a few MB.
+ROWS = 512
 
 MAX_LEVEL = 15
 SYMMETRIC_ZERO = 8
@@ -63,6 +67,22 @@ class Grid:
         zeros = self.zeros.squeeze(-1).t().contiguous().to(torch.uint8)
         scales = self.scales.squeeze(-1).t().contiguous().half()
         return Int4Matrix(q, zeros, scales, input_order)
+
+
+def round_rows(weight: Tensor, group_size: int, grid_of: Callable[[Tensor], Grid]) -> Int4Matrix:
+    """A weight [N, K] at the nearest values of the grid that `grid_of` gives for some groups.
+
+    It takes groups [rows, K/g, g] and gives a grid [rows, K/g, 1].
+    """
+    levels, grids = [], []
+    for rows in torch.split(weight, ROWS):
+        groups = in_groups(rows, group_size)
+        grids.append(grid_of(groups))
+        levels.append(grids[-1].levels(groups))
+    grid = Grid(
+        torch.cat([each.scales for each in grids]), torch.cat([each.zeros for each in grids])
+    )
+    return grid.matrix(torch.cat(levels))
 
 
 def stored_scales(scales: Tensor) -> Tensor:

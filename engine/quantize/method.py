@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from engine.models.spec import DecoderSpec
+from engine.quantize.grid import ROWS
 from engine.quantize.layer import STAGES, DenseLayer
 from engine.quantize.statistics import Calibration, Statistics
 from engine.weights.matrix import Int4Matrix, Matrix
 from engine.weights.stored import to_dense
 
-# Rows of a weight that are worked on at once, so that temporaries are small.
-ROWS = 512
 COLUMNS = 512  # of a Gram matrix
 
 

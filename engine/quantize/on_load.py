@@ -24,10 +24,10 @@ from typing import IO
 
 from engine.config import EngineConfig, Quantize
 from engine.errors import CheckpointError
+from engine.quantize import recipes
 from engine.quantize.calibration import samples
 from engine.quantize.files import write_json
 from engine.quantize.job import QuantizationJob, code_version
-from engine.quantize import recipes
 from engine.quantize.recipes import Recipe
 from engine.quantize.source import Source
 from engine.tokenizer import Tokenizer

@@ -3,11 +3,15 @@
 Where the words of the command line and of an engine config meet the methods' own.
 """
 
+import dataclasses
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from engine.config import Quantize
 from engine.errors import CheckpointError, ConfigError
+from engine.models.hf_config import HFConfig
+from engine.models.quantization import read_quantization
 from engine.models.spec import DecoderSpec
 from engine.quantize.awq import Awq
 from engine.quantize.gptq import Gptq
@@ -122,6 +126,18 @@ def on_load(quantize: Quantize, spec: DecoderSpec) -> Recipe:
             f"none of them divides the inputs of all linears ({linears}); use int8"
         )
     return (awq if quantize == "awq" else rtn)(max(sizes), symmetric=False)
+
+
+def quantized_spec(spec: DecoderSpec, quantize: Quantize) -> DecoderSpec:
+    """What an engine loads when it quantises the checkpoint of a dense `spec`."""
+    if spec.quantization is not None:
+        raise ConfigError(
+            f"quantize {quantize} needs a dense checkpoint, and this one is quantised already "
+            f"({spec.quantization.description}); leave quantize out"
+        )
+    config = {"quantization_config": on_load(quantize, spec).output.quantization_config(spec)}
+    keys = HFConfig(config, f"quantize {quantize}")
+    return dataclasses.replace(spec, quantization=read_quantization(Path(), keys))
 
 
 def _int4(

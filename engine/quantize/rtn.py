@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.quantize.grid import Grid, in_groups
+from engine.quantize.grid import Grid, round_rows
 from engine.quantize.layer import STAGES, DenseLayer
 from engine.quantize.method import LayerPass, LayerResult
 from engine.quantize.statistics import Calibration
@@ -41,6 +41,4 @@ class Rtn:
 
 def quantize_rtn(weight: Tensor, group_size: int, symmetric: bool = False) -> Int4Matrix:
     """Round a weight [N, K] to the nearest of each group's 16 values, over the group's range."""
-    groups = in_groups(weight, group_size)
-    grid = Grid.spanning(groups, symmetric)
-    return grid.matrix(grid.levels(groups))
+    return round_rows(weight, group_size, lambda groups: Grid.spanning(groups, symmetric))
