@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tools.peers.job import Job
 
+BATCH_SIZE = 8  # samples that are computed at once
 PACKAGES = ("gptqmodel", "transformers", "torch")
 
 
@@ -39,7 +40,7 @@ def quantize(job: Job) -> None:
     samples = [
         {"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in job.ids()
     ]
-    model.quantize(samples, batch_size=1)
+    model.quantize(samples, batch_size=BATCH_SIZE)
     model.save(str(job.out))
 
 

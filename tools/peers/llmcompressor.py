@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from tools.peers.job import Job
 
+BATCH_SIZE = 8  # samples that are computed at once; the default, 1, takes a multiple of the time
 PACKAGES = ("llmcompressor", "compressed-tensors", "transformers", "torch")
 
 
@@ -40,6 +41,7 @@ def quantize(job: Job) -> None:
         recipe=_recipe(job),
         num_calibration_samples=ids.shape[0],
         max_seq_length=ids.shape[1],
+        batch_size=BATCH_SIZE,
         shuffle_calibration_samples=False,
     )
     model.save_pretrained(job.out, save_compressed=True)
