@@ -52,6 +52,7 @@ def run_quantization(name: str, options: Options) -> None:
             overwrite=options["overwrite"],
             finish=partial(_report, recipe, source, text, options, device),
         ).run()
+    typer.echo(f"manta serve {options['work_dir']}")
 
 
 def _recipe(name: str, options: Options) -> Recipe:
@@ -162,7 +163,6 @@ def _report(
         )
         write_report(report, checkpoint)
         say_results(report, work_dir)
-    typer.echo(f"manta serve {work_dir}")
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Setting]:

@@ -7,6 +7,7 @@ of it is on the disk. It knows no method and no format from the inside, and no c
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -37,7 +38,11 @@ from engine.quantize.staging import Key, Staging
 from engine.quantize.statistics import Calibration, LocalCalibration
 from engine.weights.checkpoint import Checkpoint
 
-CODE = ("quantize", "weights/formats")  # what the result depends on besides source and settings
+logger = logging.getLogger(__name__)
+
+# What the result depends on besides source and settings, and what of it only measures.
+CODE = ("quantize/*.py", "weights/formats/*.py", "weights/awq.py", "weights/matrix.py")
+MEASURES = ("comparison", "evaluation", "kv_loss", "on_load", "report", "verdict")
 
 
 class SavedCalibration(Calibration, Protocol):
@@ -177,6 +182,7 @@ class QuantizationJob:
                     metadata = {"errors": json.dumps(result.errors, sort_keys=True)}
                     staging.finish_layer(index, self._tensors(index, result), metadata, keep)
                     bar.update()
+                    logger.info("quantised layer %d of %d", index + 1, spec.num_layers)
 
     def _calibration(
         self, staging: Staging, model: DenseModel, done: int
@@ -240,8 +246,9 @@ def code_version() -> str:
     """Changes with the code that decides the bytes of a result."""
     digest = hashlib.sha256()
     for part in CODE:
-        for path in sorted((Path(__file__).parents[1] / part).glob("*.py")):
-            digest.update(path.read_bytes())
+        for path in sorted(Path(__file__).parents[1].glob(part)):
+            if not path.name.startswith(MEASURES):
+                digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 

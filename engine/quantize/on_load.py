@@ -18,9 +18,11 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, flock
+from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, LOCK_UN, flock
 from pathlib import Path
 from typing import IO
+
+import torch
 
 from engine.config import EngineConfig, Quantize
 from engine.errors import CheckpointError
@@ -66,6 +68,7 @@ def quantized_checkpoint(config: EngineConfig, device: str) -> Iterator[Quantize
     with entry.lock.open("a+") as lock:
         _hold(lock, LOCK_SH, entry)
         if entry.crc32() is None:
+            flock(lock, LOCK_UN)  # over NFS two that convert theirs would wait for each other
             _hold(lock, LOCK_EX, entry)
             if entry.crc32() is None:  # still: nobody made it while this process waited
                 _make(entry, source, recipe, device)
@@ -116,7 +119,8 @@ def _open_source(path: Path, quantize: Quantize) -> Source:
 
 def _name(source: Source, recipe: Recipe) -> str:
     """Different for everything that the bytes depend on."""
-    parts = json.dumps([source.fingerprint(), recipe.settings, code_version()], sort_keys=True)
+    depends_on = [source.fingerprint(), recipe.settings, code_version(), torch.__version__]
+    parts = json.dumps(depends_on, sort_keys=True)
     digest = hashlib.sha256(parts.encode()).hexdigest()[:16]
     model = re.sub(r"[^\w.-]", "_", source.path.resolve().name)[:80]
     return f"{model}-{recipe.name}-{digest}"
