@@ -128,7 +128,7 @@ def test_any_stored_format_is_measured(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gptq v2", "int8 channel"])
 def test_a_quantised_head_is_the_one_that_is_measured(name: str) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 192, "vocab_size": 136}
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 192, "vocab_size": 136}
     model = quantised_model("llama", FORMATS[name], head=True, **sizes)
     settings = model.config()["quantization_config"]
     model.edit_config(quantization_config=settings | {"lm_head": True, "ignore": []})

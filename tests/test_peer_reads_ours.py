@@ -1,6 +1,7 @@
 """Our compressed-tensors checkpoints in transformers, which reads them by the code of that name."""
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from tests.tiny_models import tiny_model
 
 PROMPT = [5, 17, 42, 3, 11, 60, 33, 8]
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
-FORM = "compressed-tensors"
+FORM: Literal["compressed-tensors"] = "compressed-tensors"
 RECIPES = {
     "int4 with zeros": recipes.rtn(32, False, FORM),
     "int4 without": recipes.rtn(64, True, FORM),
