@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.kv_quality import encode_chats
 from benchmarks.outlier_model import sample_text, write_outlier_model
 from benchmarks.random_checkpoint import LlamaShape
 from benchmarks.record import Table, save, show
@@ -53,6 +54,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "autoawq": {"awq": FLOAT32 | {"layout": "gemm"}},
 }
 LOAD_RUNS = 3
+DEMO_CHATS = 40  # of each task: a per cent of perplexity shows in some ten thousand tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--groups", type=int, nargs="+", default=[128, 64, 32])
     parser.add_argument("--peer-groups", type=int, nargs="+", default=[128])
     parser.add_argument("--samples", type=int, default=32, help="to calibrate on")
-    parser.add_argument("--held-out", type=int, default=8, help="samples to measure on")
+    parser.add_argument("--held-out", type=int, default=8, help="350m: samples to measure on")
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--layers", type=int, default=24, help="of the 350M shape")
     parser.add_argument("--work-dir", type=Path, default=Path(tempfile.gettempdir()) / "manta-q")
@@ -125,7 +127,17 @@ def demo(arguments: argparse.Namespace) -> Subject:
     path = arguments.work_dir / "demo-samples.safetensors"
     save_samples(path, text.calibration)
     about = f"the demo model; {len(text.calibration)} x {arguments.seqlen} tokens of its "
-    return Subject("demo", DEMO, path, text.held_out, about + "own corpus to calibrate on")
+    held_out = _demo_held_out(arguments.seqlen)
+    return Subject("demo", DEMO, path, held_out, about + "own corpus to calibrate on")
+
+
+def _demo_held_out(seqlen: int) -> HeldOut:
+    """Chats that neither training nor calibration saw, end to end; their answers are counted."""
+    chats = encode_chats(DEMO_CHATS, seqlen)
+    ids = torch.tensor([token for tokens, _ in chats for token in tokens])
+    counted = torch.cat([answer.bool() for _, answer in chats])
+    whole = len(ids) - len(ids) % seqlen
+    return HeldOut(ids[:whole].view(-1, seqlen), counted[:whole].view(-1, seqlen))
 
 
 def shape_350m(arguments: argparse.Namespace) -> Subject:

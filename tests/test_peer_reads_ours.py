@@ -1,7 +1,6 @@
 """Our compressed-tensors checkpoints in transformers, which reads them by the code of that name."""
 
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from engine.models import load_spec
 from engine.models.layout import layer_linears
 from engine.quantize import recipes
 from engine.quantize.job import QuantizationJob
+from engine.quantize.output import Format
 from engine.quantize.recipes import Recipe
 from engine.quantize.source import Source
 from engine.weights.checkpoint import Checkpoint
@@ -21,7 +21,7 @@ from tests.tiny_models import tiny_model
 
 PROMPT = [5, 17, 42, 3, 11, 60, 33, 8]
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
-FORM: Literal["compressed-tensors"] = "compressed-tensors"
+FORM: Format = "compressed-tensors"
 RECIPES = {
     "int4 with zeros": recipes.rtn(32, False, FORM),
     "int4 without": recipes.rtn(64, True, FORM),
@@ -33,6 +33,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")  # to have it dense
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("name", RECIPES)
 def test_transformers_reads_what_we_read(name: str, family: str, tmp_path: Path) -> None:
