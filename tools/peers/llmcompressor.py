@@ -1,7 +1,7 @@
 """llm-compressor, which writes compressed-tensors checkpoints.
 
 Methods: "rtn", "awq" and "gptq", or a preset's name of its own, as "FP8_DYNAMIC".
-`act_order` needs a version of before 0.10: later ones write none that stores an order.
+`act_order` needs version 0.9.0, say: later ones write none that stores an order.
 """
 
 import json
