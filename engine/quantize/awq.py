@@ -47,10 +47,7 @@ class Awq:
             fold = Fold.of(progress, stage)
             if fold is not None:
                 scale = self.best_scale(weights, statistics, fold)
-                fold.apply(scale)
-                channels = fold.expand(scale)
-                weights = {role: weight * channels for role, weight in weights.items()}
-                statistics = statistics.scaled(1 / channels)
+                weights, statistics = fold.move(scale, weights, statistics)
             matrices = {role: self.quantize(weight, statistics) for role, weight in weights.items()}
             progress.replace(weights, matrices, statistics)
         calibration.advance(layer)

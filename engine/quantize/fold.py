@@ -5,6 +5,7 @@ into what makes x: the norm of qkv and gate_up, the rows of v for o (its channel
 each query head once), the rows of up for down.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from engine.quantize.grid import MAX_SCALE, MIN_SCALE
 from engine.quantize.layer import STAGES, DenseLayer
 from engine.quantize.method import LayerPass, stored_dtype
+from engine.quantize.statistics import Statistics
 from engine.weights.matrix import Int4Matrix, Matrix, W8Matrix
 from engine.weights.stored import to_dense
 
@@ -81,6 +83,15 @@ class Fold:
         if role in layer.biases:
             bias = layer.biases[role].float() / scale
             layer.biases[role] = bias.to(dtype).to(layer.dtype)
+
+    def move(
+        self, scale: Tensor, weights: Mapping[str, Tensor], statistics: Statistics
+    ) -> tuple[dict[str, Tensor], Statistics]:
+        """Apply a realisable scale [C]; the stage's weights [N, K] and inputs under it."""
+        self.apply(scale)
+        channels = self.expand(scale)
+        scaled = {role: weight * channels for role, weight in weights.items()}
+        return scaled, statistics.scaled(1 / channels)
 
     @property
     def _shape(self) -> tuple[int, int, int]:

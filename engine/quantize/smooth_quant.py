@@ -34,10 +34,7 @@ class SmoothQuant:
             fold = Fold.of(progress, stage)
             if fold is not None:
                 scale = self._scale(weights, statistics, fold)
-                fold.apply(scale)
-                channels = fold.expand(scale)
-                weights = {role: weight * channels for role, weight in weights.items()}
-                statistics = statistics.scaled(1 / channels)
+                weights, statistics = fold.move(scale, weights, statistics)
             matrices = {role: quantize_w8(weight, self.kind) for role, weight in weights.items()}
             progress.replace(weights, matrices, statistics)
         calibration.advance(layer)
