@@ -132,8 +132,6 @@ class RayStates:
     _actors: list[Actor] = field(default_factory=list)
 
     def __enter__(self) -> "RayStates":
-        if not ray.is_initialized():
-            ray.init(log_to_driver=False, include_dashboard=False)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -148,6 +146,8 @@ class RayStates:
                 f"--num-workers {self.num_workers} is more than the {hidden.shape[0]} calibration "
                 "samples; every worker needs one"
             )
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False, include_dashboard=False)
         worker: Any = ray.remote(CalibrationWorker)
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         num_cpus = int(resources.get("CPU", 1))

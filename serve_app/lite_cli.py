@@ -170,6 +170,7 @@ def smooth_quant(
 
 @app.command()
 def rtn(
+    context: typer.Context,
     model: Model,
     work_dir: WorkDir = WORK_DIR,
     w_bits: Bits = 4,
@@ -190,7 +191,12 @@ def rtn(
 
     Takes seconds and no calibration, and loses more than the others.
     """
-    _run(dict(locals()), "rtn")
+    options = dict(locals())
+    del options["context"]
+    if not evaluate:
+        measuring = ("data", "samples", "seqlen", "batch_size")
+        _refuse_given(context, "--no-eval measures nothing", measuring)
+    _run(options, "rtn")
 
 
 @app.command()
@@ -274,6 +280,15 @@ def evaluate_command(
         from serve_app.lite_measure import run_eval
 
         run_eval(options)
+
+
+def _refuse_given(context: typer.Context, why: str, names: tuple[str, ...]) -> None:
+    """Of options that would do nothing, those that were given."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            flag = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(f"{why}, so {flag} would do nothing; leave one of them out")
 
 
 def _run(options: dict[str, Any], method: str) -> None:

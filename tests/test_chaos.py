@@ -21,7 +21,7 @@ def run(*arguments: str) -> dict[str, Any]:
         env=kept,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,  # each fault may take 90 s (site.RECOVERY_S)
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout
@@ -32,7 +32,7 @@ def run(*arguments: str) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.ray
 def test_no_token_is_lost_when_replicas_die_and_are_replaced() -> None:
-    summary = run("--faults", "replica,scale,redeploy", "--clients", "8")
+    summary = run("--faults", "replica,scale,redeploy", "--clients", "4")
     assert summary["complete"] > 0
     assert len(summary["faults"]) == 3
 
@@ -40,6 +40,6 @@ def test_no_token_is_lost_when_replicas_die_and_are_replaced() -> None:
 @pytest.mark.slow
 @pytest.mark.ray
 def test_upgrades_behind_serves_own_proxy_cut_no_stream() -> None:
-    summary = run("--faults", "redeploy", "--proxy", "python", "--clients", "8")
+    summary = run("--faults", "redeploy", "--proxy", "python", "--clients", "4")
     assert summary["resumed"] == summary["streams refused"] == 0
     assert summary["whole answers refused"] == 0

@@ -195,3 +195,10 @@ def test_ctrl_c_exits_with_130_and_the_same_command_goes_on(
     assert "the same command goes on from there" in text
     assert lite(*args)[0] == 0
     assert quantization_config(tmp_path / "out")["bits"] == 4
+
+
+def test_options_that_would_do_nothing_are_refused(model: TinyModel, tmp_path: Path) -> None:
+    code, text = lite("rtn", model.path, "--work-dir", tmp_path / "w", "--no-eval", *MEASURE)
+    assert code == 2
+    assert "--no-eval measures nothing, so --samples would do nothing" in text
+    assert not (tmp_path / "w").exists()

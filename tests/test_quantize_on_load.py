@@ -128,6 +128,26 @@ def test_those_unused_longest_are_deleted(model: TinyModel, tmp_path: Path) -> N
         assert not old.path.exists()
 
 
+def test_what_a_killed_run_left_of_another_model_is_deleted(
+    model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.quantize.job.assemble", killed)
+        with (
+            pytest.raises(KeyboardInterrupt),
+            quantized_checkpoint(config_of(model.path, tmp_path), "cpu"),
+        ):
+            pass
+    (left,) = (tmp_path / "quantized").glob(".*.partial")
+    limit = config_of(model.path, tmp_path, "int8", max_weights_cache_bytes=1)
+    with quantized_checkpoint(limit, "cpu") as found:
+        assert found.path.is_dir()
+        assert not left.exists()
+
+
 @pytest.mark.parametrize(
     ("sizes", "group_size"), [((64, 128), 64), ((128, 256), 128), ((96, 160), 32)]
 )

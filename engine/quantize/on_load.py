@@ -1,8 +1,9 @@
 """A dense checkpoint that an engine wants quantised: made once per node, found there afterwards.
 
-    quantized/NAME-KEY/       the quantised checkpoint, in weights_cache
-              NAME-KEY.json   its sum, written last
-              NAME-KEY.lock   held alone by whoever makes or deletes it, shared while it is read
+    quantized/NAME-KEY/           the quantised checkpoint, in weights_cache
+              NAME-KEY.json       its sum, written last
+              NAME-KEY.lock       held alone by whoever makes or deletes it, shared while it is read
+              .NAME-KEY.partial/  what a run that was killed had finished: the next one goes on
 
 The engine packs its weights from there, as from any checkpoint; text is the dense one's business.
 """
@@ -32,6 +33,7 @@ from engine.quantize.files import write_json
 from engine.quantize.job import QuantizationJob, code_version
 from engine.quantize.recipes import Recipe
 from engine.quantize.source import Source
+from engine.quantize.staging import Staging
 from engine.tokenizer import Tokenizer
 from engine.weights.own_directory import check_owner, create_own
 
@@ -100,12 +102,22 @@ class _Entry:
             return None
         return int(found["crc32"]) if self.path.is_dir() else None
 
+    @property
+    def partial(self) -> Path:
+        return Staging(self.path).directory
+
     def num_bytes(self) -> int:
-        return sum(file.stat().st_size for file in self.path.iterdir())
+        """Of what is finished, or as far as it is."""
+        files = [*self.path.rglob("*"), *self.partial.rglob("*")]
+        return sum(file.stat().st_size for file in files if file.is_file())
+
+    def used_at(self) -> float:
+        return self.lock.stat().st_mtime
 
     def delete(self) -> None:
         self.manifest.unlink(missing_ok=True)
-        shutil.rmtree(self.path, ignore_errors=True)
+        for directory in (self.path, self.partial):
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _open_source(path: Path, quantize: Quantize) -> Source:
@@ -175,14 +187,16 @@ def _hold(lock: IO[str], kind: int, entry: _Entry) -> None:
 
 
 def _delete_unused(used: _Entry, max_bytes: int) -> None:
-    """Those used longest ago, until the rest fit; never one that is being made or read."""
+    """Those used longest ago, until the rest fit; never one that is being made or read.
+
+    A lock's file stays: one that is deleted while another process opens it would lock nothing.
+    """
     with suppress(OSError):
-        os.utime(used.manifest)
-    manifests = used.path.parent.glob("*.json")
-    entries = [_Entry(path.with_suffix("")) for path in manifests]
-    sizes = {entry: entry.num_bytes() for entry in entries if entry.path.is_dir()}
+        os.utime(used.lock)
+    entries = [_Entry(path.with_suffix("")) for path in used.path.parent.glob("*.lock")]
+    sizes = {entry: entry.num_bytes() for entry in entries}
     excess = sum(sizes.values()) - max_bytes
-    for entry in sorted(sizes, key=lambda each: each.manifest.stat().st_mtime):
+    for entry in sorted(sizes, key=_Entry.used_at):
         if excess <= 0 or entry == used:
             return
         with suppress(OSError), entry.lock.open("a+") as lock:
