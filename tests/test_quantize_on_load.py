@@ -18,7 +18,7 @@ from engine.quantize import on_load, recipes
 from engine.quantize.on_load import quantized_checkpoint
 from engine.rank_model import RankModel, check_same_quantized
 from tests.command_line import manta
-from tests.test_quantize_job import FORKS, files_of, make_job, reference_greedy
+from tests.quantize_jobs import FORKS, files_of, make_job, reference_greedy
 from tests.tiny_models import TinyModel, copy_model, tiny_model, write_servable_model
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128}

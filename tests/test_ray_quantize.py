@@ -23,7 +23,7 @@ from engine.ray_rows import shared_method
 from engine.weights.checkpoint import Checkpoint
 from tests.command_line import manta
 from tests.dequantized import dequantized_weights
-from tests.test_quantize_job import SIZES, EndsIn, make_job, samples
+from tests.quantize_jobs import SIZES, EndsIn, make_job, samples
 from tests.tiny_models import TinyModel, tiny_model, write_servable_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
