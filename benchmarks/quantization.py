@@ -1,6 +1,6 @@
 """What quantisation costs in quality, time and memory, beside independent tools.
 
-    python -m benchmarks.quantization [--peer TOOL=PYTHON ...] [--models demo 350m] [--work-dir DIR]
+    python -m benchmarks.quantization [--peer TOOL=PYTHON ...] [--models demo ...] [--work-dir DIR]
 
 Every checkpoint is made by a process of its own (tools/peers), ours too, from the same calibration
 tokens; all are measured by our evaluation, float32, on the same held-out tokens. A peer is a
@@ -16,9 +16,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,19 +86,21 @@ def main() -> None:
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
     tables = []
     for name in arguments.models:
-        subject = SUBJECTS[name](arguments)
+        plan = PLANS[name]
+        subject = plan.subject(arguments)
         made = [
             make(arguments.work_dir, subject, tool, method, group_size, peers.get(tool))
-            for group_size in arguments.groups
+            for group_size in plan.groups
             for tool, methods in METHODS.items()
-            if tool == OURS or (tool in peers and group_size in arguments.peer_groups)
+            if tool == OURS or (tool in peers and group_size in plan.peer_groups)
             for method in methods
         ]
-        tables += [quality(subject, made, peers), cost(subject, made), kv(subject)]
-        if name != "demo":
-            tables.append(loading(subject, made, arguments.work_dir))
-        for table in tables[-4:]:
+        found = [quality(subject, made, peers), cost(subject, made), kv(subject)]
+        if plan.load:
+            found.append(loading(subject, made, arguments.work_dir))
+        for table in found:
             show(table)
+        tables += found
     if arguments.save:
         print(save("quantization", "Quality and cost of quantised weights", tables))
 
@@ -105,13 +108,10 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Quantise models and measure what is lost.")
     parser.add_argument("--peer", action="append", default=[], metavar="TOOL=PYTHON")
-    parser.add_argument("--models", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS))
-    parser.add_argument("--groups", type=int, nargs="+", default=[128, 64, 32])
-    parser.add_argument("--peer-groups", type=int, nargs="+", default=[128])
+    parser.add_argument("--models", nargs="+", choices=list(PLANS), default=list(PLANS))
     parser.add_argument("--samples", type=int, default=32, help="to calibrate on")
     parser.add_argument("--held-out", type=int, default=8, help="350m: samples to measure on")
     parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=24, help="of the 350M shape")
     parser.add_argument("--work-dir", type=Path, default=Path(tempfile.gettempdir()) / "manta-q")
     parser.add_argument("--no-save", dest="save", action="store_false")
     return parser.parse_args()
@@ -140,11 +140,11 @@ def _demo_held_out(seqlen: int) -> HeldOut:
     return HeldOut(ids[:whole].view(-1, seqlen), counted[:whole].view(-1, seqlen))
 
 
-def shape_350m(arguments: argparse.Namespace) -> Subject:
-    path: Path = arguments.work_dir / f"350m-{arguments.layers}"
+def shape_350m(num_layers: int, arguments: argparse.Namespace) -> Subject:
+    path: Path = arguments.work_dir / f"350m-{num_layers}"
     every, num_samples = path / "samples.safetensors", arguments.samples + arguments.held_out
     if not every.exists():
-        write_outlier_model(path, LlamaShape(num_layers=arguments.layers))
+        write_outlier_model(path, LlamaShape(num_layers=num_layers))
         save_samples(every, sample_text(path, num_samples, arguments.seqlen))
     ids = load_file(every)["ids"]
     if ids.shape != (num_samples, arguments.seqlen):
@@ -153,14 +153,28 @@ def shape_350m(arguments: argparse.Namespace) -> Subject:
     save_samples(calibration, ids[: arguments.samples])
     about = (
         f"a random model of the 350M shape with a trained one's outliers "
-        f"(benchmarks/outlier_model.py), {arguments.layers} layers; its own text, "
+        f"(benchmarks/outlier_model.py), {num_layers} layers; its own text, "
         f"{arguments.samples} x {arguments.seqlen} tokens to calibrate on"
     )
     held_out = HeldOut.all_of(ids[arguments.samples :])
     return Subject(path.name, path, calibration, held_out, about)
 
 
-SUBJECTS = {"demo": demo, "350m": shape_350m}
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is made of a subject: all of it with every tool would take hours."""
+
+    subject: Callable[[argparse.Namespace], Subject]
+    groups: tuple[int, ...]
+    peer_groups: tuple[int, ...] = ()
+    load: bool = False  # whether the results' starts are timed
+
+
+PLANS = {
+    "demo": Plan(demo, (128, 64, 32), (128,)),
+    "350m-4": Plan(partial(shape_350m, 4), (128, 64, 32), (128,)),
+    "350m-24": Plan(partial(shape_350m, 24), (128,), load=True),
+}
 
 
 def make(
