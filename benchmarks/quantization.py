@@ -84,7 +84,6 @@ def main() -> None:
     arguments = parse()
     peers = dict(each.split("=", 1) for each in arguments.peer)
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
-    tables = []
     for name in arguments.models:
         plan = PLANS[name]
         subject = plan.subject(arguments)
@@ -100,9 +99,9 @@ def main() -> None:
             found.append(loading(subject, made, arguments.work_dir))
         for table in found:
             show(table)
-        tables += found
-    if arguments.save:
-        print(save("quantization", "Quality and cost of quantised weights", tables))
+        if arguments.save:
+            title = f"Quality and cost of quantised weights: {subject.name}"
+            print(save(f"quantization_{name}", title, found), flush=True)
 
 
 def parse() -> argparse.Namespace:
@@ -145,6 +144,8 @@ def shape_350m(num_layers: int, arguments: argparse.Namespace) -> Subject:
     every, num_samples = path / "samples.safetensors", arguments.samples + arguments.held_out
     if not every.exists():
         write_outlier_model(path, LlamaShape(num_layers=num_layers))
+        for file in ("tokenizer.json", "tokenizer_config.json"):  # some tools want one
+            shutil.copy(DEMO / file, path)
         save_samples(every, sample_text(path, num_samples, arguments.seqlen))
     ids = load_file(every)["ids"]
     if ids.shape != (num_samples, arguments.seqlen):
@@ -317,8 +318,6 @@ def loading(subject: Subject, made: list[Made], work_dir: Path) -> Table:
     rows: list[list[str | float]] = []
     for each in made:
         if each.tool == OURS and each.group_size == made[0].group_size and each.method != "rtn":
-            for file in ("tokenizer.json", "tokenizer_config.json"):  # the LLM wants one
-                shutil.copy(DEMO / file, each.path)
             for kind, runs in _first_tokens(each.path, work_dir / "cache").items():
                 parts = [statistics.median(run[part] for run in runs) for part in runs[0]]
                 *seconds, memory = parts
