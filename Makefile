@@ -56,6 +56,7 @@ bench: install
 	@$(VENV)/bin/python -m benchmarks.routing
 	@$(VENV)/bin/python -m benchmarks.weights
 	@$(VENV)/bin/python -m benchmarks.kv_quality
+	@$(VENV)/bin/python -m benchmarks.quantization
 	@$(VENV)/bin/python -m benchmarks.autoscaling
 	@$(VENV)/bin/python -m benchmarks.autoscaling --proxy default
 	@$(VENV)/bin/python -m benchmarks.simulate

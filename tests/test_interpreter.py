@@ -27,8 +27,8 @@ def interpret(path: Path) -> Run:
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest) -> "Iterator[dict[Path, Future[Run]]]":
     """Of the files whose tests were chosen."""
-    chosen = [
-        item.callspec.params["path"]
+    chosen: list[Path] = [
+        item.callspec.params["path"]  # type: ignore[misc]
         for item in request.session.items
         if isinstance(item, pytest.Function) and item.originalname == test_interpreted.__name__
     ]
