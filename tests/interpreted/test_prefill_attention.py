@@ -140,7 +140,9 @@ def test_large_scores() -> None:
     cache *= 300
     q = queries(step, Shape(4, 2, 64, 16))
     expected = attention_reference(q, cache, step, scale=0.125, window=20)
-    torch.testing.assert_close(attend(q, cache, step, 20).double(), expected, rtol=1e-4, atol=1e-3)
+    # float32 keeps scores of some thousands to 5e-4, which every probability is off by.
+    error = (attend(q, cache, step, 20).double() - expected).abs().max()
+    assert error < 5e-4 * expected.abs().max()
 
 
 @pytest.mark.parametrize("policy", [4, 8])
