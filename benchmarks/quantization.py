@@ -162,7 +162,8 @@ def short_350m(arguments: argparse.Namespace) -> Subject:
 def whole_350m(arguments: argparse.Namespace) -> Subject:
     """Calibrated on random tokens, as time does not ask what they say."""
     path = _write_350m(arguments, num_layers=LlamaShape().num_layers)
-    ids = torch.randint(3, LlamaShape().vocab_size, (arguments.samples, arguments.seqlen))
+    shape, generator = (arguments.samples, arguments.seqlen), torch.Generator().manual_seed(0)
+    ids = torch.randint(3, LlamaShape().vocab_size, shape, generator=generator)
     calibration = arguments.work_dir / f"{path.name}-samples.safetensors"
     save_samples(calibration, ids)
     about = f"{arguments.samples} x {arguments.seqlen} random tokens"

@@ -32,9 +32,9 @@ def run(*arguments: str) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.ray
 def test_no_token_is_lost_when_replicas_die_and_are_replaced() -> None:
-    summary = run("--faults", "replica,redeploy", "--clients", "4")
+    summary = run("--faults", "replica,scale,redeploy", "--clients", "4")
     assert summary["complete"] > 0
-    assert len(summary["faults"]) == 2
+    assert len(summary["faults"]) == 3
 
 
 @pytest.mark.slow

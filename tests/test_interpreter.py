@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -27,8 +28,8 @@ def interpret(path: Path) -> Run:
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest) -> "Iterator[dict[Path, Future[Run]]]":
     """Of the files whose tests were chosen."""
-    chosen: list[Path] = [
-        item.callspec.params["path"]  # type: ignore[misc]
+    chosen = [
+        cast(Path, item.callspec.params["path"])
         for item in request.session.items
         if isinstance(item, pytest.Function) and item.originalname == test_interpreted.__name__
     ]

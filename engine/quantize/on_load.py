@@ -107,9 +107,14 @@ class _Entry:
         return Staging(self.path).directory
 
     def num_bytes(self) -> int:
-        """Of what is finished, or as far as it is."""
-        files = [*self.path.rglob("*"), *self.partial.rglob("*")]
-        return sum(file.stat().st_size for file in files if file.is_file())
+        """Of what is finished, or as far as it is: its maker may rename and delete meanwhile."""
+        total = 0
+        for directory in (self.path, self.partial):
+            for parent, _, names in os.walk(directory):
+                for name in names:
+                    with suppress(FileNotFoundError):
+                        total += os.stat(os.path.join(parent, name)).st_size
+        return total
 
     def used_at(self) -> float:
         return self.lock.stat().st_mtime

@@ -13,7 +13,7 @@ def exact_dots() -> None:
 
     NumPy's float32 product is its BLAS library's: the order of a row's sum changes with the
     processor, and on some (OpenBLAS for AVX2) with the number of rows, which tensor cores' does
-    not: bits that must be equal are not, and scores in the thousands are 0.3 % off.
+    not: bits that must be equal are not.
     """
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
