@@ -4,7 +4,7 @@ import logging
 import os
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from openai import OpenAI
 
 from kernels import cpu
 from kernels.gpu import interpreted
+from tests.background import Background, computing
 
 if TYPE_CHECKING:
     from ray._private.node import Node as ClusterNode
@@ -35,9 +36,10 @@ os.environ.setdefault("RAY_SERVE_STATUS_GAUGE_REPORT_INTERVAL_S", "1")  # as is 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
-# Their files run one by one, in processes of their own: tests/test_interpreter.py.
+# Their files run in processes of their own: tests/test_interpreter.py.
 collect_ignore = [] if interpreted() else ["interpreted"]
 
+BACKGROUND = pytest.StashKey[Background]()
 MODEL_NAME = "tiny"
 SESSION_LEN = 512
 NUM_BLOCKS = 256
@@ -49,6 +51,31 @@ def caches() -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="manta-caches-") as directory:
         os.environ["XDG_CACHE_HOME"] = directory
         yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is computed in the background is looked at last."""
+    items.sort(key=lambda item: bool(_asked(item)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
+    chosen = [] if session.config.option.collectonly else session.items
+    with computing([params for item in chosen if (params := _asked(item))]) as background:
+        session.stash[BACKGROUND] = background
+        return (yield)
+
+
+def _asked(item: pytest.Item) -> dict[str, Any]:
+    """The parameters of a test whose work is done in the background."""
+    if isinstance(item, pytest.Function) and "background" in item.fixturenames:
+        return item.callspec.params
+    return {}
+
+
+@pytest.fixture
+def background(request: pytest.FixtureRequest) -> Background:
+    return request.session.stash[BACKGROUND]
 
 
 @pytest.fixture(params=["native", "torch"])

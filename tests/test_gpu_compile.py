@@ -4,8 +4,7 @@ No spills, shared memory within the chip's, and the main loop's instructions per
 tenth of kernels/gpu/instructions.json.
 """
 
-from collections.abc import Iterator
-from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 import triton
@@ -13,15 +12,13 @@ import triton
 from kernels.gpu.compile import (
     CAPABILITIES,
     SHARED_LIMITS,
-    Compiled,
-    Job,
     compile_case,
-    compiling,
     jobs,
     modules,
     table,
 )
 from kernels.gpu.sass import main_loop
+from tests.background import Background
 from tests.spilling_kernel import case
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
@@ -29,30 +26,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 TOLERANCE = 0.1
 MEND = "`python -m kernels.gpu.compile --write-table` writes what is compiled here"
 
-Results = dict[Job, "Future[Compiled]"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def triton_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing is read from or left in the user's."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def results(triton_cache: None) -> Results:
-    return dict(compiling([job for module in modules() for job in jobs(module)]))
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("module", modules())
-def test_kernels_compile_lean(module: str, capability: int, results: Results) -> None:
+def test_kernels_compile_lean(module: str, capability: int, background: Background) -> None:
     expected = table().get(triton.__version__, {}).get(str(capability))
     faults = []
     for job in jobs(module, [capability]):
-        found = results[job].result()
+        found = background.compiled[job].result()
         if found.spills:
             faults.append(f"{job.label}: spills {found.spills} bytes")
         if found.shared > SHARED_LIMITS[capability]:
@@ -80,7 +62,13 @@ def test_the_table_knows_this_triton() -> None:
     assert listed == known, MEND
 
 
-def test_a_spill_and_its_cost_show() -> None:
+@pytest.fixture
+def triton_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read from or left in the user's."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def test_a_spill_and_its_cost_show(triton_cache: None) -> None:
     lean, spilling = compile_case(case(64), 80), compile_case(case(128, maxnreg=64), 80)
     assert lean.spills == 0
     assert lean.hmma > 0
@@ -89,7 +77,7 @@ def test_a_spill_and_its_cost_show() -> None:
     assert lean.shared < spilling.shared
 
 
-def test_hoppers_matrix_units_are_seen() -> None:
+def test_hoppers_matrix_units_are_seen(triton_cache: None) -> None:
     compiled = compile_case(case(64), 90)
     assert compiled.hgmma > 0
     assert compiled.hmma == 0
