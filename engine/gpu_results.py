@@ -19,15 +19,13 @@ Int32Array = NDArray[np.int32]
 class PendingTokens:
     """The tokens of a step, perhaps not chosen yet."""
 
-    copy: Download | None  # None without rows
+    copy: Download
     num_rows: int
     scored: list[int]  # rows that want log probabilities
     num_top: list[int]  # of each
 
     def get(self) -> SampledTokens:
-        """Waits for the step."""
-        if self.copy is None:
-            return SampledTokens(np.zeros(0, dtype=np.int32))
+        """Waits for the step, also for one without rows: so many are in flight and no more."""
         words = self.copy.get()
         num_rows = self.num_rows
         logprobs: list[TokenLogprobs | None] | None = None

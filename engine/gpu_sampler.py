@@ -101,7 +101,8 @@ class GpuSampler:
         assert plan is not None
         num_rows = len(plan.rows)
         if num_rows == 0:
-            return PendingTokens(None, 0, [], [])
+            nothing = torch.empty(0, dtype=torch.int32, device=self._device)
+            return PendingTokens(Download.start(nothing), 0, [], [])
         assert logits.shape[1] == self._vocab_size, logits.shape
         edited, counts = logits, None
         if plan.edits is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.batch import NewRow, SamplingBatch
 from engine.gpu_sampler import GpuSampler, launch_logprobs
-from engine.host_copies import upload
+from engine.host_copies import Download, upload
 from engine.logprobs import token_logprobs
 from engine.sampling_params import SamplingParams
 from tests.interpreted.sampling_harness import SESSION_LEN, Sampling, new_row, sample_rows
@@ -122,6 +122,22 @@ def test_a_step_without_rows_admits_all_the_same() -> None:
     assert len(sampler(torch.zeros(0, 20), [], new_row(1, SamplingParams(), seed=9)).token_ids) == 0
     logits = torch.randn(1, 20)
     assert sampler(logits, [1]).token_ids.tolist() == sample_rows(logits, SamplingParams(), [9])
+
+
+def test_a_step_without_rows_is_waited_for_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else all chunks of a long prompt would be launched at once, and nothing come between."""
+    waits = 0
+
+    def counted(self: Download) -> NDArray[np.int32]:
+        nonlocal waits
+        waits += 1
+        array: NDArray[np.int32] = self.host.numpy()
+        return array
+
+    monkeypatch.setattr(Download, "get", counted)
+    sampler = Sampling(20, 2)
+    assert len(sampler(torch.zeros(0, 20), [], new_row(1, SamplingParams())).token_ids) == 0
+    assert waits == 1
 
 
 def test_warming_up_leaves_no_trace() -> None:
