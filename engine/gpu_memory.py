@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from engine.batch import Batch
 from engine.gpu_steps import GpuSteps
@@ -33,6 +34,16 @@ def free_for_cache(model: RankModel) -> int:
     del steps
     _release_cached()
     return free - graph_bytes
+
+
+def reserve(model: RankModel, steps: GpuSteps) -> None:
+    """Let torch's allocator hold again what the largest step takes, which recording graphs freed.
+
+    What was measured then stays this engine's, whoever else uses the GPU, and the first requests
+    do not wait for the driver.
+    """
+    num_tokens = next(_prompt_steps(model)).num_tokens
+    _logits(model, steps.pad(num_tokens, _input(model, num_tokens)))
 
 
 def _prompt_steps(model: RankModel) -> Iterator[Batch]:
@@ -83,11 +94,18 @@ def _batch(num_new: list[int], context_len: int | None) -> Batch:
 
 @torch.inference_mode()
 def _compute(model: RankModel, steps: GpuSteps, batch: Batch) -> None:
-    hidden = None
-    if model.group.stage > 0:
-        shape = batch.num_tokens, model.spec.hidden_size
-        hidden = torch.zeros(shape, dtype=model.dtype, device=model.tensor_device)
-    hidden = steps.forward(batch, hidden)
+    _logits(model, steps.forward(batch, _input(model, batch.num_tokens)))
+
+
+def _input(model: RankModel, num_tokens: int) -> Tensor | None:
+    """What a stage gets of the one before."""
+    if model.group.stage == 0:
+        return None
+    shape = num_tokens, model.spec.hidden_size
+    return torch.zeros(shape, dtype=model.dtype, device=model.tensor_device)
+
+
+def _logits(model: RankModel, hidden: Tensor) -> None:
     if model.group.is_last_stage:
         sampled = model.decoder.logits(hidden[: model.config.max_num_seqs])
         model.decoder.logits(hidden[:SCORE_ROWS])  # of prompts, scored beside those

@@ -69,6 +69,19 @@ class GpuSteps:
         return self._layers(step, step.input_ids if hidden is None else hidden)
 
     @torch.inference_mode()
+    def pad(self, num_tokens: int, hidden: Tensor | None) -> Tensor:
+        """`forward` of a prompt in time and memory, but of padding: no key or value changes."""
+        self._tensors.batch.zero_()
+        step = self._prepare(
+            num_tokens=num_tokens,
+            num_seqs=1,
+            num_decodes=0,
+            max_query_len=num_tokens,
+            max_context_len=num_tokens,
+        )
+        return self._layers(step, step.input_ids if hidden is None else hidden)
+
+    @torch.inference_mode()
     def logits(self, hidden: Tensor, indices: Tensor) -> Tensor | None:
         """[n, V] of these tokens of the last stage's [T, H]; None on other ranks than its first.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.batch import Batch, Sampling
 from engine.config import EngineConfig
 from engine.executor import EngineInfo
-from engine.gpu_memory import free_for_cache
+from engine.gpu_memory import free_for_cache, reserve
 from engine.gpu_sampler import (
     GpuSampler,
     PendingLogprobs,
@@ -64,6 +64,8 @@ class GpuWorker:
             shape, device = (1, model.spec.vocab_size), model.tensor_device
             logits = torch.zeros(shape, dtype=model.dtype, device=device)
             self._sampler.warm_up(logits, self._steps.token_pool)
+        if torch.cuda.is_available():
+            reserve(model, self._steps)
 
     def launch(self, batch: Batch, sampling: Sampling | None) -> _Pending | None:
         """Start one step where all layers are here; its result exists on rank 0, as `sampling`."""
@@ -118,4 +120,5 @@ class GpuWorker:
             logits = self._steps.logits(hidden, indices[rows])
             if logits is not None:
                 pending.append(launch_logprobs(logits, token_ids[rows], num_top))
+            del logits  # before the next are computed: memory was measured with one of them
         return pending

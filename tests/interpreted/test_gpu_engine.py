@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch.multiprocessing.spawn import spawn
 
+from engine.engine import Engine
 from engine.errors import ConfigError
+from engine.gpu_memory import reserve
 from engine.gpu_worker import GpuWorker
 from engine.local_executor import LocalExecutor
 from tests.interpreted.gpu_engines import (
@@ -37,6 +39,14 @@ SIZES = {
 
 def model(group_size: int | None = None) -> TinyModel:
     return tiny_model("llama", group_size, **SIZES)
+
+
+def worker_of(engine: Engine) -> GpuWorker:
+    executor = engine.executor
+    assert isinstance(executor, LocalExecutor)
+    worker = executor._worker
+    assert isinstance(worker, GpuWorker)
+    return worker
 
 
 @cache
@@ -133,16 +143,20 @@ def test_the_cache_is_sized_by_computing_what_takes_most() -> None:
     assert generate(engine, (0,))[0].token_ids == greedy(0, None)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of padding nothing is read
+def test_what_the_largest_step_takes_is_reserved_without_a_trace() -> None:
+    worker = worker_of(make_engine(model().path))
+    reserve(worker.model, worker._steps)
+    layers = worker._steps._kv_cache.layers
+    assert not any(layer.any() for layer in layers if isinstance(layer, torch.Tensor))
+
+
 @pytest.mark.parametrize("ahead", [True, False])
 def test_a_closed_engine_leaves_no_cache(ahead: bool) -> None:
     """At once: nothing waits for Python to collect cycles."""
     engine = make_engine(model().path, enable_cuda_graphs=ahead)
     assert engine.info.cuda_graphs == ahead
-    executor = engine.executor
-    assert isinstance(executor, LocalExecutor)
-    worker = executor._worker
-    assert isinstance(worker, GpuWorker)
-    steps = weakref.ref(worker._steps)
+    steps = weakref.ref(worker_of(engine)._steps)
     engine.close()
     assert steps() is None
 
