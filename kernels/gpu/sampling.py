@@ -16,6 +16,7 @@ record and tail only. Of equal values the lower id wins.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -210,11 +211,10 @@ def sample(
     assert out.shape == (2, num_rows), out.shape
     assert out.is_contiguous()
     assert rows.dtype == token_pool.dtype == table.dtype == out.dtype == torch.int32
-    num_blocks = triton.cdiv(vocab_size, BLOCK)
     maxima, scores, weights = scratch.per_block
     stages = (maxima, scores, scratch.winners, weights, scratch.group_maxima)
     scan_constants, finish_constants = _constants(vocab_size, limits, logits.dtype)
-    _scan_kernel[(num_rows, num_blocks)](
+    _scan_kernel[(num_rows, finish_constants["NUM_BLOCKS"])](
         logits, rows, table, *stages, logits.stride(0), **scan_constants, num_warps=4
     )
     _finish_kernel[(num_rows,)](
@@ -234,6 +234,7 @@ def sample(
     )
 
 
+@cache  # each step asks, and Triton's cdiv and next_power_of_2 take microseconds
 def _constants(
     vocab_size: int, limits: bool, dtype: torch.dtype
 ) -> tuple[dict[str, int], dict[str, int]]:
