@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from kernels.gpu.chip import HOPPER, Chip, chip_of
@@ -62,7 +61,7 @@ def is_gated_best(x: Tensor, weight: W4A16Weight) -> bool:
     tile, n = _tile("w4a16_gated", x, weight), weight.shape[0]
     if tile == CUBLAS:
         return False
-    programs = triton.cdiv(bucket_of(len(x)), tile.block_m) * triton.cdiv(n, tile.block_n)
+    programs = -(-bucket_of(len(x)) // tile.block_m) * -(-n // tile.block_n)
     return bool(n % (2 * TILE) == 0 and 4 * programs >= 3 * chip_of(x.device).num_sms)
 
 
@@ -87,10 +86,13 @@ def _launch(
     assert x.dtype == weight.scales.dtype
     assert out.is_contiguous()
     splits, pdl = tile.splits or 1, dependent_launch(x.device)
-    grid = (triton.cdiv(m, tile.block_m), triton.cdiv(n, tile.block_n), splits)
+    # Not triton.cdiv: on the host each call costs as much as a torch.empty, and an eager step of
+    # 32 layers made 500 of them here.
+    steps = -(-k // tile.block_k)
+    grid = (-(-m // tile.block_m), -(-n // tile.block_n), splits)
     w4a16_kernel[grid](
         x, weight.words, weight.scales, weight.zeros, bias, out, m, n, k,
-        triton.cdiv(triton.cdiv(k, tile.block_k), splits),
+        -(-steps // splits),
         **_constants(tile, k, weight.group_size, gated, pdl), **_options(tile, pdl),
     )  # fmt: skip
 
