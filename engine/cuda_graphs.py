@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from kernels.gpu import has_gpu
+
 Outputs = tuple[Tensor, Tensor | None]  # hidden [n, H] and, on rank 0, logits [n, V]
 
 
@@ -34,7 +36,7 @@ class DecodeGraphs:
     @torch.inference_mode()
     def capture(self, sizes: Sequence[int] | None = None) -> None:
         """Record these buckets (None: all), the largest first: the others fit into its memory."""
-        if not torch.cuda.is_available():
+        if not has_gpu():
             return
         gc.collect()
         gc.disable()  # freeing a tensor while a graph is recorded would break it
@@ -62,7 +64,7 @@ class DecodeGraphs:
 
     def replay(self, num_seqs: int) -> Outputs:
         """Compute a step of so many decode rows; what it returns is overwritten by the next."""
-        if not torch.cuda.is_available():
+        if not has_gpu():
             return self.compute_padded(num_seqs)
         assert self._outputs is not None
         self._graphs[self._bucket(num_seqs)].replay()

@@ -18,6 +18,7 @@ from engine.batch import Batch
 from engine.gpu_steps import GpuSteps
 from engine.prompt_scores import SCORE_ROWS
 from engine.rank_model import RankModel, free_memory
+from kernels.gpu import has_gpu
 
 # The thread that serves is not the one that measures: cuBLAS gives it a handle and a workspace of
 # its own, 32 MiB on Hopper, with its first eager step. Reckoned, not measured.
@@ -26,7 +27,7 @@ SERVING_THREAD_BYTES = 64 * 2**20
 
 def free_for_cache(model: RankModel) -> int:
     """Bytes."""
-    if isinstance(model.config.cache_max_entry_count, int) and not torch.cuda.is_available():
+    if isinstance(model.config.cache_max_entry_count, int) and not has_gpu():
         return free_memory(model.device)  # the interpreter has nothing to compile
     _release_cached()  # what loading and packing left
     steps = GpuSteps(model, model.allocate_cache(2), model.session_limit)
@@ -118,7 +119,7 @@ def _logits(model: RankModel, hidden: Tensor) -> None:
 
 def _graph_bytes(steps: GpuSteps) -> int:
     """What the graphs will take: the largest its memory, each one about as much as the second."""
-    if steps.graphs is None or not torch.cuda.is_available():
+    if steps.graphs is None or not has_gpu():
         return 0
     free = [_free_without_cached()]
     sizes = steps.graphs.sizes
@@ -136,6 +137,6 @@ def _free_without_cached() -> int:
 
 
 def _release_cached() -> None:
-    if torch.cuda.is_available():
+    if has_gpu():
         gc.collect()
         torch.cuda.empty_cache()

@@ -15,6 +15,7 @@ from engine.cuda_graphs import DecodeGraphs, Outputs, bucket_sizes
 from engine.host_copies import pinned
 from engine.kv_cache import KVCache
 from engine.rank_model import RankModel
+from kernels.gpu import has_gpu
 from kernels.gpu.prepare import StepTensors, prepare
 from kernels.gpu.step import GpuStep
 
@@ -101,7 +102,7 @@ class GpuSteps:
         They and this object refer to each other: without this, the KV cache would outlive its
         last user until Python collects cycles.
         """
-        if torch.cuda.is_available():
+        if has_gpu():
             torch.cuda.synchronize()
         if self.graphs is not None:
             self.graphs.close()

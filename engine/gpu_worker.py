@@ -26,6 +26,7 @@ from engine.parallel import ParallelGroup
 from engine.prompt_scores import SCORE_ROWS, split_scores
 from engine.rank_model import RankModel
 from engine.weights.peers import Peers
+from kernels.gpu import has_gpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +61,11 @@ class GpuWorker:
         )
         if self._steps.graphs is not None:
             self._steps.graphs.capture()
-        if torch.cuda.is_available() and group.rank == 0 and group.is_last_stage:
+        if has_gpu() and group.rank == 0 and group.is_last_stage:
             shape, device = (1, model.spec.vocab_size), model.tensor_device
             logits = torch.zeros(shape, dtype=model.dtype, device=device)
             self._sampler.warm_up(logits, self._steps.token_pool)
-        if torch.cuda.is_available():
+        if has_gpu():
             reserve(model, self._steps)
 
     def launch(self, batch: Batch, sampling: Sampling | None) -> _Pending | None:
@@ -85,7 +86,7 @@ class GpuWorker:
         """Free the graphs, then the keys and values; no call may follow."""
         self._steps.close()
         del self._steps, self._sampler
-        if torch.cuda.is_available():
+        if has_gpu():
             torch.cuda.empty_cache()
 
     @torch.inference_mode()

@@ -13,13 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.gpu import has_gpu
+
 _ALIGNMENT = 4  # int32 words: kernels are compiled for pointers to multiples of 16 bytes
 
 
 def pinned(array: NDArray[np.int32]) -> Tensor:
     """A copy from which a GPU can fetch while the host goes on."""
     tensor = torch.from_numpy(array)
-    return tensor.pin_memory() if torch.cuda.is_available() else tensor
+    return tensor.pin_memory() if has_gpu() else tensor
 
 
 def upload(arrays: Sequence[NDArray[np.int32]], device: torch.device) -> list[Tensor]:

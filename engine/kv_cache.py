@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.errors import ConfigError
+from kernels.gpu import has_gpu
 from kernels.kv_layout import RUN, LayerCache, QuantizedKV, bytes_per_token, lazy_zeros
 
 if TYPE_CHECKING:  # the decoder imports this module
@@ -79,7 +80,7 @@ def num_rank_kv_heads(spec: "DecoderSpec", tp: int) -> int:
 def check_quant_policy(spec: "DecoderSpec", quant_policy: int, device: str) -> None:
     """ConfigError when this model's heads or this GPU cannot have such a cache."""
     check_head_dim(spec, quant_policy)
-    if quant_policy == 16 and device == "cuda" and torch.cuda.is_available():
+    if quant_policy == 16 and device == "cuda" and has_gpu():
         capability = torch.cuda.get_device_capability()
         if capability < FP8_CAPABILITY:
             raise ConfigError(

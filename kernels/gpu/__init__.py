@@ -7,6 +7,7 @@ used. With TRITON_INTERPRET=1 Triton runs them on the CPU, which is how they are
 import os
 from functools import cache
 
+import torch
 from torch import Tensor
 
 
@@ -14,6 +15,11 @@ from torch import Tensor
 def interpreted() -> bool:
     """Whether Triton interprets its kernels in this process; it decides so when it is imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def has_gpu() -> bool:
+    """Whether the Triton kernels compute on a GPU; the interpreter leaves one alone."""
+    return torch.cuda.is_available() and not interpreted()
 
 
 def on_gpu(x: Tensor) -> bool:

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from kernels.gpu import interpreted
+from kernels.gpu import has_gpu
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "kernels"
 
@@ -75,7 +75,7 @@ def trial(kernel: str, tile: Tile | None) -> Iterator[list[Key]]:
 @cache
 def gpu_name() -> str | None:
     """This process's GPU as files spell it, `nvidia-h200`; None without one."""
-    if interpreted() or not torch.cuda.is_available():
+    if not has_gpu():
         return None
     return spelled(torch.cuda.get_device_name())
 

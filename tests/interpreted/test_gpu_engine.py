@@ -151,6 +151,13 @@ def test_what_the_largest_step_takes_is_reserved_without_a_trace() -> None:
     assert not any(layer.any() for layer in layers if isinstance(layer, torch.Tensor))
 
 
+def test_a_gpu_that_is_there_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    engine = make_engine(model().path)
+    assert generate(engine, (0,), max_tokens=2)[0].token_ids == greedy(0, None)[:2]
+    engine.close()
+
+
 @pytest.mark.parametrize("ahead", [True, False])
 def test_a_closed_engine_leaves_no_cache(ahead: bool) -> None:
     """At once: nothing waits for Python to collect cycles."""
