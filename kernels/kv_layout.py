@@ -166,6 +166,7 @@ def quantize_kv(x: Tensor, policy: int) -> tuple[Tensor, Tensor]:
         zero = torch.zeros_like(x[..., 0])
         scale = (x.abs().amax(-1) / FP8_MAX).half().clamp_(min=_LEAST_SCALE)
         scaled = (x / scale.float()[..., None]).clamp_(-FP8_MAX, FP8_MAX)
+        scaled.nan_to_num_()  # shows in the scale alone (kernels/gpu/kv_quantize.py)
         u = scaled.to(torch.float8_e4m3fn).view(torch.uint8)
         return u, torch.stack((scale, zero.half()), -1)
     largest = 2**policy - 1

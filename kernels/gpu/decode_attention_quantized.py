@@ -10,7 +10,7 @@ with m the row's running maximum of s + log2(v_scale), less 15: the largest prod
 float32 per token lane until the end, so that the loop reduces nothing but the maximum.
 
 Slots behind the context may hold anything, NaN in `params` too, but for bytes that are NaN as fp8:
-the quantiser writes none, and caches begin as zeros.
+the quantiser (kv_quantize.py) writes none, and caches begin as zeros.
 """
 
 import triton

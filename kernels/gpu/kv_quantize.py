@@ -1,6 +1,9 @@
 """kernels.kv_layout.quantize_kv and its byte order, for kernels that write a quantised cache.
 
 The bytes are those of the torch twin, in the interpreter bit by bit.
+
+A NaN shows in the params alone: readers mask those of slots behind a context, but not their bytes,
+and one that fp8 takes for NaN would outlive its sequence in a block that is given to another.
 """
 
 import triton
@@ -24,7 +27,7 @@ def _e4m3_bits(y):
         least = 2.0**-9
         subnormal = ((tl.abs(y) + least * _TO_INTEGER) - least * _TO_INTEGER) / least
         u = tl.where(tl.abs(y) < 2.0**-6, subnormal.to(tl.int32), normal)
-        u = tl.where(y == y, u, 0x7F) | tl.where(signed < 0, 0x80, 0)
+        u |= tl.where(signed < 0, 0x80, 0)
         u = u.to(tl.uint8)
     else:
         u = y.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
@@ -36,8 +39,7 @@ def _levels(x, scale, zero, mask, POLICY: tl.constexpr):
     """uint8; 0 outside the mask."""
     y = tl.div_rn(x - zero[:, None], tl.broadcast_to(scale[:, None], x.shape))
     if POLICY == 16:
-        y = tl.clamp(y, -_FP8_MAX, _FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
-        u = _e4m3_bits(y)
+        u = _e4m3_bits(tl.clamp(tl.where(y == y, y, 0.0), -_FP8_MAX, _FP8_MAX))
     else:
         y = tl.minimum(tl.maximum(y, 0.0), 2.0**POLICY - 1)
         u = ((y + _TO_INTEGER) - _TO_INTEGER).to(tl.int32).to(tl.uint8)  # half to even
@@ -47,6 +49,7 @@ def _levels(x, scale, zero, mask, POLICY: tl.constexpr):
 @triton.jit
 def quantize(low, high, low_mask, high_mask, POLICY: tl.constexpr):
     """The levels of both tiles and each token's params."""
+    broken = tl.sum(low * 0.0 + high * 0.0, 1)  # 0, or the NaN that minima and maxima ignore
     if POLICY == 16:
         largest = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
         zero = tl.zeros_like(largest)
@@ -54,13 +57,12 @@ def quantize(low, high, low_mask, high_mask, POLICY: tl.constexpr):
     else:
         least = tl.min(tl.where(low_mask, low, float("inf")), 1)
         least = tl.minimum(least, tl.min(tl.where(high_mask, high, float("inf")), 1))
-        # Minima ignore a NaN, which has to show: it becomes the zero of its head.
-        zero = (least + tl.sum(low * 0.0 + high * 0.0, 1)).to(tl.float16).to(tl.float32)
+        zero = (least + broken).to(tl.float16).to(tl.float32)
         largest = tl.max(tl.where(low_mask, low, float("-inf")), 1)
         largest = tl.maximum(largest, tl.max(tl.where(high_mask, high, float("-inf")), 1))
         steps = tl.full(largest.shape, 2.0**POLICY - 1, tl.float32)
         scale = tl.div_rn(largest - zero, steps)
-    scale = tl.maximum(scale.to(tl.float16).to(tl.float32), _LEAST_SCALE)
+    scale = tl.maximum(scale.to(tl.float16).to(tl.float32), _LEAST_SCALE) + broken
     u_low = _levels(low, scale, zero, low_mask, POLICY)
     u_high = _levels(high, scale, zero, high_mask, POLICY)
     scale_bits = scale.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF

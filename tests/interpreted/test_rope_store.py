@@ -198,17 +198,22 @@ def test_equal_values(value: float, policy: int, monkeypatch: pytest.MonkeyPatch
         assert torch.equal(getattr(cache, part), getattr(expected, part)), part
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+@pytest.mark.filterwarnings("ignore:invalid value encountered in")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
 @pytest.mark.parametrize("policy", [4, 8, 16])
-def test_a_nan_shows(policy: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_nan_shows(policy: int, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But in no byte of fp8, which would outlive its sequence."""
     case = make_case(Form(64, 64, num_tokens=1))
     assert isinstance(case.qkv, Tensor)
-    case.qkv[0, [2 * 64 + 5, 3 * 64 + 40]] = torch.nan  # of the key and of the value
+    case.qkv[0, [2 * 64 + 5, 3 * 64 + 40]] = value  # of the key and of the value
     _, cache = case.run(policy, monkeypatch)
     assert isinstance(cache, QuantizedKV)
     slot = case.step.slot_mapping[0]
     for found in cache.gather(torch.arange(NUM_BLOCKS)[None], torch.float32):
         assert found[0, 0, slot].isnan().any()
+    if policy == 16:
+        for words in (cache.k, cache.v):
+            assert not words.view(torch.float8_e4m3fn).float().isnan().any()
 
 
 def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
