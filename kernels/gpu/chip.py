@@ -11,6 +11,13 @@ class Chip:
     num_sms: int
     capability: int  # 10 * major + minor
 
+    @property
+    def has_wide_products(self) -> bool:
+        """Whether matrix units take operands from memory (wgmma, tcgen05): sm_90 to sm_110. Those
+        of the others, sm_120 too, take both from registers, which wider tiles spill.
+        """
+        return 90 <= self.capability < 120
+
 
 HOPPER = Chip(num_sms=132, capability=90)  # H100, H200; assumed where there is no GPU to ask
 

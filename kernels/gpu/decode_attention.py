@@ -180,7 +180,8 @@ def _forms() -> Iterator[CompileCase]:
         yield _case(Form(8, 4, 128, 64, policy, bf16), split=True)
     for policy in (0, 8, 4):
         yield _case(Form(8, 4, 128, 64, policy, bf16), masks=True)
-    for policy, head_dim in ((0, 64), (8, 64), (4, 64), (0, 80), (4, 80), (8, 96), (0, 256)):
+    sizes = ((0, 64), (8, 64), (4, 64), (0, 80), (4, 80), (8, 96), (16, 96), (0, 256), (4, 256))
+    for policy, head_dim in sizes:
         yield _case(Form(8, 4, head_dim, 64, policy, bf16))
     yield _case(Form(8, 4, 256, 64, 8, bf16), split=True)
     yield _case(Form(8, 4, 128, 64, 8, bf16), split=True, pdl=True)
@@ -188,6 +189,7 @@ def _forms() -> Iterator[CompileCase]:
     yield _case(Form(8, 4, 128, 64, 0, fp32))
     yield _case(Form(8, 4, 128, 64, 8, fp32))
     yield _case(Form(1, 71, 64, 16, 0, bf16))
+    yield _case(Form(2, 24, 128, 64, 8, bf16))
 
 
 def _merges() -> Iterator[CompileCase]:

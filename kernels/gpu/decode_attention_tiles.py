@@ -87,7 +87,10 @@ def default_tile(form: Form) -> Tile:
     # 16 tokens each: with half of that a tile costs half as much again. More where D is large, for
     # registers.
     num_warps = 4 if form.head_dim > 128 else tokens // 16
-    return Tile(tokens, rows, num_warps, 3, programs_per_sm=12 // num_warps)
+    # One tile of 32 KiB on its way is enough, and with two Triton 3.6 takes 107 KiB of the 99 that
+    # a block of sm_86 and sm_89 may have.
+    num_stages = 2 if form.policy and form.width > 128 else 3
+    return Tile(tokens, rows, num_warps, num_stages, programs_per_sm=12 // num_warps)
 
 
 def candidates(kernel: str, **key: Any) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ import triton
 from torch import Tensor
 
 from kernels.gpu import interpreted, tiles
+from kernels.gpu.chip import chip_of
 from kernels.gpu.compile import CompileCase
 from kernels.gpu.prefill_attention_kernel import prefill_kernel
 from kernels.gpu.step import GpuStep
@@ -99,7 +100,7 @@ def _tile(q: Tensor, policy: int, group: int, block_size: int, window: int | Non
         )
         if tuned is not None:
             return tuned
-    hopper = not q.is_cuda or torch.cuda.get_device_capability(q.device) >= (9, 0)
+    hopper = chip_of(q.device).has_wide_products
     return default_tile(head_dim, policy, exact=exact, hopper=hopper, window=window is not None)
 
 
@@ -197,7 +198,7 @@ def _cases() -> Iterator[CompileCase]:
         for policy in (0, 8, 4):
             yield _case(128, policy, hopper=hopper)
         yield _case(256, 0, hopper=hopper)
-    yield _case(128, 16)
+        yield _case(128, 16, hopper=hopper)
     yield _case(256, 8)
     yield _case(80, 4)
     yield _case(128, 0, masks=True)
@@ -242,6 +243,6 @@ def _case(
         constants,
         options,
         elements=constants["BLOCK_M"] * constants["BLOCK_N"],  # scores
-        min_capability=90 if hopper and not exact else 80,
+        min_capability=90 if hopper and not exact else 89 if policy == 16 else 80,
         max_capability=999 if hopper or exact else 89,
     )  # fmt: skip

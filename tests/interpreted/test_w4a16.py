@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from kernels.gpu import tiles, w4a16, w4a16_tiles
-from kernels.gpu.chip import Chip
+from kernels.gpu.chip import HOPPER, Chip
 from kernels.gpu.w4a16 import is_gated_best, w4a16_linear, w4a16_silu_mul
 from kernels.gpu.w4a16_dequantise import dequantise
 from kernels.gpu.w4a16_pack import W4A16Weight, pack_w4a16
-from kernels.gpu.w4a16_tiles import MAX_KERNEL_ROWS, Tile
+from kernels.gpu.w4a16_tiles import MAX_KERNEL_ROWS, Tile, choose_tile
 from kernels.int4_linear import int4_linear, int4_silu_mul, pack_int4
 from kernels.partials import Partials, summed
 from kernels.stored_weight import restore, store
@@ -265,3 +265,19 @@ def test_padding_is_zero() -> None:
     assert weight.words.shape == (2, 2, 64, 8)
     assert weight.scales.shape == (3, 256)
     assert weight.scales[:, 72:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "k", "splits"),
+    [
+        (1, 6144, 4096, 4),
+        (16, 6144, 4096, 8),
+        (64, 6144, 4096, 5),
+        (1, 4096, 4096, 4),
+        (16, 4096, 14336, 8),
+        (1, 28672, 4096, 1),
+    ],
+)
+def test_parts_are_as_many_as_balance_the_sms(rows: int, n: int, k: int, splits: int) -> None:
+    tile = choose_tile("w4a16", n, k, 128, torch.bfloat16, rows, HOPPER)
+    assert tile.splits == splits
