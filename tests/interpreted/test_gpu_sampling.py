@@ -223,13 +223,14 @@ def test_edits_equal_the_reference(dtype: torch.dtype, monkeypatch: pytest.Monke
 
 
 def test_bans_that_leave_nothing_and_broken_logits_are_flagged() -> None:
-    logits = torch.zeros(6, 8)
-    logits[1, 3] = torch.nan
-    logits[2, 7] = torch.inf
-    logits[3] = -torch.inf
+    logits = torch.zeros(9, 8)
+    logits[[1, 6], 3] = torch.nan
+    logits[[2, 7], 7] = torch.inf
+    logits[[3, 8]] = -torch.inf
     params = [SamplingParams(top_k=2), SamplingParams(top_p=0.5)] * 2
     params += [SamplingParams(bad_words=[[3]], allowed_token_ids=[3]), SamplingParams(min_p=0.1)]
-    sampler = Sampling(8, 6)
-    result = sampler(logits, range(6), *[new_row(i, p) for i, p in enumerate(params)])
-    assert result.invalid == [1, 2, 3, 4]
+    params += [SamplingParams(temperature=0.0), SamplingParams(), SamplingParams(temperature=0.0)]
+    sampler = Sampling(8, 9)
+    result = sampler(logits, range(9), *[new_row(i, p) for i, p in enumerate(params)])
+    assert result.invalid == [1, 2, 3, 4, 6, 7, 8]
     assert all(0 <= token < 8 for token in result.token_ids.tolist())

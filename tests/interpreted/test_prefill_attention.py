@@ -101,10 +101,12 @@ def test_sixteen_bits(policy: int, dtype: torch.dtype) -> None:
     check(Shape(4, 2, 64, 64, policy, dtype), [(90, 20)])
 
 
-@pytest.mark.parametrize("group", [1, 3, 5, 7, 12, 16])
-def test_groups(group: int) -> None:
+@pytest.mark.parametrize(
+    ("group", "policy"), [(1, 8), (3, 0), (5, 8), (6, 4), (7, 0), (8, 8), (16, 16)]
+)
+def test_groups(group: int, policy: int) -> None:
     """Where a tile's rows are no multiple of the group, the rest are nobody's."""
-    check(Shape(2 * group, 2, 64, 32, 8), [(23, 23), (40, 9)])
+    check(Shape(2 * group, 2, 64, 32, policy), [(23, 23), (40, 9)])
 
 
 @pytest.mark.parametrize("policy", [0, 4])
@@ -113,10 +115,13 @@ def test_block_sizes(block_size: int, policy: int) -> None:
     check(Shape(4, 1, 64, block_size, policy), [(270, 20), (256, 3)])
 
 
-@pytest.mark.parametrize("window", [1, 5, 16, 33, 47, 1000])
-def test_windows(window: int) -> None:
+@pytest.mark.parametrize(
+    ("window", "policy"),
+    [(1, 0), (5, 0), (16, 0), (33, 0), (47, 0), (1000, 0), (5, 8), (33, 4), (47, 16)],
+)
+def test_windows(window: int, policy: int) -> None:
     with tiles.trial("prefill_attention", SM_TILE):
-        check(Shape(2, 1, 64, 16), [(60, 21), (90, 37), (40, 1)], window)
+        check(Shape(2, 1, 64, 16, policy), [(60, 21), (90, 37), (40, 1)], window)
 
 
 @pytest.mark.parametrize("window", [None, 20])
@@ -127,7 +132,7 @@ def test_alibi_and_soft_cap(policy: int, soft_cap: float | None, window: int | N
     check(Shape(6, 2, 64, 16, policy), [(60, 21)], window, soft_cap, slopes)
 
 
-@pytest.mark.parametrize("policy", [0, 8])
+@pytest.mark.parametrize("policy", [0, 4, 16])
 def test_soft_cap(policy: int) -> None:
     check(Shape(6, 2, 64, 16, policy), [(60, 21)], None, 2.0)
 

@@ -102,24 +102,24 @@ def test_linear(dtype: torch.dtype, symmetric: bool, m: int, bias: bool) -> None
 
 @pytest.mark.parametrize("scale", ["after", "before"])
 @pytest.mark.parametrize(
-    ("n", "k", "group_size"),
+    ("n", "k", "group_size", "symmetric"),
     [
-        (64, 96, 32),
-        (72, 192, 64),
-        (8, 128, 128),
-        (200, 224, 32),
-        (64, 192, 96),
-        (320, 256, 128),
-        (64, 256, 32),  # four groups in a step
-        (128, 384, 64),  # two
-        (64, 512, 256),
+        (64, 96, 32, True),
+        (72, 192, 64, False),
+        (8, 128, 128, False),
+        (200, 224, 32, False),
+        (64, 192, 96, False),
+        (320, 256, 128, False),
+        (64, 256, 32, False),  # four groups in a step
+        (128, 384, 64, True),  # two
+        (64, 512, 256, False),
     ],
 )
 def test_shapes(
-    monkeypatch: pytest.MonkeyPatch, n: int, k: int, group_size: int, scale: str
+    monkeypatch: pytest.MonkeyPatch, n: int, k: int, group_size: int, symmetric: bool, scale: str
 ) -> None:
     tiled(monkeypatch, 16, 128, 128, 4, 3, scale)
-    weight, exact = packed(n, k, group_size)
+    weight, exact = packed(n, k, group_size, symmetric=symmetric)
     x = normal(5, k, seed=3)
     check(summed(int4_linear(x, weight, None)), x.double() @ exact.t())
     assert torch.equal(dequantise(weight).double(), exact.float().double())
@@ -204,12 +204,20 @@ def test_order_of_inputs_with_padding() -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(("half", "m", "block_n"), [(64, 3, 128), (192, 17, 256)])
+@pytest.mark.parametrize(
+    ("half", "m", "block_n", "group_size"),
+    [(64, 3, 128, 32), (192, 17, 256, 128), (64, 1, 128, 256)],
+)
 def test_gated(
-    monkeypatch: pytest.MonkeyPatch, half: int, m: int, block_n: int, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch,
+    half: int,
+    m: int,
+    block_n: int,
+    group_size: int,
+    dtype: torch.dtype,
 ) -> None:
     tiled(monkeypatch, 16, block_n, 128, 4, 3, "after")
-    weight, exact = packed(2 * half, 256, 128, dtype)
+    weight, exact = packed(2 * half, 256, group_size, dtype)
     x, bias = normal(m, 256, seed=11, dtype=dtype) / 50, normal(2 * half, seed=12, dtype=dtype)
     gate, up = (x.double() @ exact.t() + bias.double()).chunk(2, dim=1)
     expected = silu(gate) * up
