@@ -117,6 +117,16 @@ def test_a_step_wasted_on_a_finished_sequence_does_not_touch_the_next_one_of_its
     assert all(r.logprobs is None for r in results[:2])
 
 
+def test_each_row_may_end_after_its_own_min_tokens() -> None:
+    """On the device: the host uploads nothing while one of the rows must go on."""
+    sampler, logits = Sampling(20, 2), torch.zeros(2, 20)
+    logits[:, 4], logits[:, 7] = 9.0, 5.0
+    params = [SamplingParams(temperature=0.0, min_tokens=number) for number in (1, 3)]
+    new = [new_row(row, each, eos=(4,)) for row, each in enumerate(params)]
+    steps = [sampler(logits, [0, 1], *(new if i == 0 else [])) for i in range(4)]
+    assert [step.token_ids.tolist() for step in steps] == [[7, 7], [4, 7], [4, 7], [4, 4]]
+
+
 def test_a_step_without_rows_admits_all_the_same() -> None:
     sampler = Sampling(20, 2)
     assert len(sampler(torch.zeros(0, 20), [], new_row(1, SamplingParams(), seed=9)).token_ids) == 0

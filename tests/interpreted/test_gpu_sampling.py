@@ -53,10 +53,12 @@ def kept_tokens(logits: NDArray[np.float64], params: SamplingParams) -> tuple[li
     return order.tolist(), clear
 
 
-def expected_token(logits: NDArray[np.float64], params: SamplingParams, seed: int) -> int | None:
+def expected_token(
+    logits: NDArray[np.float64], params: SamplingParams, seed: int, position: int
+) -> int | None:
     """The winner of the race among the tokens that stay; None when it is a close call."""
     kept, clear = kept_tokens(logits, params)
-    scores = logits[kept] / params.temperature + gumbel(seed, 0, len(logits))[kept]
+    scores = logits[kept] / params.temperature + gumbel(seed, position, len(logits))[kept]
     best = np.sort(scores)[-2:]
     close = len(best) == 2 and best[1] - best[0] < 1e-4 * max(1.0, abs(best[1]))
     return kept[int(np.argmax(scores))] if clear and not close else None
@@ -112,6 +114,7 @@ def adversarial_rows(vocab_size: int) -> Tensor:
 @pytest.mark.parametrize(
     ("limits", "geometry"),
     [(limits, "one tile") for limits in LIMITS]
+    + [({}, "gathered"), ({"temperature": 3.0}, "gathered")]  # in more blocks than one
     + [(limits, name) for limits in LIMITS[-5:] for name in ("gathered", "on the row", "bfloat16")],
     ids=str,
 )
@@ -125,8 +128,8 @@ def test_the_token_is_the_winner_of_those_that_stay(
     params, seeds = SamplingParams(**limits), [11, -5, 2**62 + 3, 7, 8, 9]
     tokens = sample_rows(rows, params, seeds)
     expected = [
-        expected_token(row, params, seed)
-        for row, seed in zip(rows.double().numpy(), seeds, strict=True)
+        expected_token(row, params, seed, position)
+        for position, (row, seed) in enumerate(zip(rows.double().numpy(), seeds, strict=True))
     ]
     for token, choice in zip(tokens, expected, strict=True):
         assert choice is None or token == choice
@@ -136,9 +139,9 @@ def test_the_token_is_the_winner_of_those_that_stay(
 def test_of_equal_tokens_the_lowest_ids_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     """0.3 of ten are three: in float32 they would be four."""
     use_small_tiles(monkeypatch)
-    tokens = sample_rows(torch.zeros(8, 10), SamplingParams(top_p=0.3), range(8))
+    tokens = sample_rows(torch.zeros(16, 10), SamplingParams(top_p=0.3), range(16))
     assert set(tokens) == {0, 1, 2}
-    tokens = sample_rows(torch.zeros(8, 10), SamplingParams(top_k=4), range(8))
+    tokens = sample_rows(torch.zeros(16, 10), SamplingParams(top_k=4), range(16))
     assert set(tokens) == {0, 1, 2, 3}
 
 
