@@ -289,3 +289,12 @@ def test_padding_is_zero() -> None:
 def test_parts_are_as_many_as_balance_the_sms(rows: int, n: int, k: int, splits: int) -> None:
     tile = choose_tile("w4a16", n, k, 128, torch.bfloat16, rows, HOPPER)
     assert tile.splits == splits
+
+
+def test_what_came_before_and_beside_hopper_takes_narrower_tiles() -> None:
+    """sm_120 has no wgmma either."""
+    hopper, ampere, rtx = (
+        choose_tile("w4a16", 4096, 4096, 128, torch.bfloat16, 100, Chip(132, capability))
+        for capability in (90, 80, 120)
+    )
+    assert rtx == ampere != hopper
