@@ -17,16 +17,18 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import stages, summary
+from benchmarks.gpu import peers, stages, summary
 from benchmarks.gpu.bench import Report
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "kernels"
 RESULTS = Path(__file__).resolve().parents[1] / "results"
+PEER_LIBRARIES = Path(__file__).resolve().parents[2] / "local" / "peers"
 
 
 def main() -> int:
     arguments = _arguments()
     names = arguments.stages or [stage.name for stage in stages.STAGES]
+    os.environ[peers.FOLDER] = str(arguments.peer_libraries)
     if arguments.in_process:
         stages.run_here(names, arguments.json, arguments.deadline, arguments.rehearse)
         return 0
@@ -85,6 +87,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes, in the interpreter")
     out = Path(os.environ.get("OUT", RESULTS))
     parser.add_argument("--out", type=Path, default=out, help="folder of gpu.json")
+    libraries = Path(os.environ.get(peers.FOLDER, PEER_LIBRARIES))
+    parser.add_argument(
+        "--peer-libraries", type=Path, default=libraries,
+        help="folder that benchmarks.gpu.peer_libraries filled",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, default=math.inf, help=argparse.SUPPRESS)

@@ -67,6 +67,37 @@ class Bench:
             print(f"  FAILED {label}: {error!r}"[:300], flush=True)
             return None
 
+    def peer(self, label: str, action: Callable[[], T]) -> T | None:
+        """As `attempt`, but for what is not ours: where a peer fails, the run is still right."""
+        self.check_time()
+        try:
+            return action()
+        except OutOfTimeError:
+            raise
+        except Exception as error:  # noqa: BLE001 - peers raise what they like
+            reason = f"{type(error).__name__}: {error}"[:300]
+            self.section.setdefault("not at hand", {})[label] = reason
+            print(f"  not at hand: {label}: {reason}"[:300], flush=True)
+            return None
+
+    def time_peer(
+        self,
+        label: str,
+        calls: Sequence[Callable[[], Tensor]],
+        expected: Tensor,
+        floor_us: float,
+    ) -> float | None:
+        """Microseconds of a peer whose first rows are what is expected; None: it is not at hand."""
+
+        def check_and_time() -> float:
+            found = calls[-1]().reshape(-1, expected.shape[-1])[: len(expected)]
+            error = worst_row_error(found, expected)
+            if not error <= self.limit:
+                raise ValueError(f"relative error {error:.1e}, allowed are {self.limit:.0e}")
+            return self.measure(calls, floor_us)
+
+        return self.peer(label, check_and_time)
+
     def check(self, label: str, error: float, limit: float) -> None:
         """Records an error against a reference; NaN is never within the limit."""
         self.section.setdefault("checks", {})[label] = {

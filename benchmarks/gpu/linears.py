@@ -1,4 +1,4 @@
-"""The int4 linear beside cuBLAS in bf16 and PyTorch's tinygemm, on Llama-3-8B's four shapes.
+"""The int4 linear beside cuBLAS in bf16, tinygemm and Marlin, on Llama-3-8B's four shapes.
 
 All compute the same function: groups of 128 with zero points. The floor of a shape is the larger
 of its bytes at the read bandwidth and its FLOPs at the matrix rate.
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.gpu import peers
 from benchmarks.gpu.bench import Bench, Report, copies, poisoned, worst_row_error
 from benchmarks.gpu.floors import int4_bytes
 from benchmarks.gpu.weights import copies_of, random_int4
@@ -31,6 +32,7 @@ class Problem:
     name: str
     n: int
     k: int
+    quantised: tuple[Tensor, Tensor, Tensor]  # q [K, N], zeros, scales
     packed: list[Any]
     reference: Tensor  # float32 [N, K]
     dense: list[Tensor]  # [N, K] in the activations' type
@@ -53,6 +55,8 @@ def run(bench: Bench) -> None:
     for m, problem in itertools.product(bench.plan.row_counts, problems):
         rows.append(_measure(bench, problem, m))
         bench.save()
+    # Last: a library's fault could end what this process can do on the GPU.
+    bench.peer("marlin", partial(_measure_marlin, bench, problems, rows))
 
 
 def _problem(bench: Bench, name: str, n: int, k: int) -> Problem:
@@ -67,7 +71,7 @@ def _problem(bench: Bench, name: str, n: int, k: int) -> Problem:
         columns = q.t().contiguous()
         pairs = columns[:, ::2] << 4 | columns[:, 1::2]
         pack = torch.ops.aten._convert_weight_to_int4pack
-        words = bench.attempt(f"{name} tinygemm packing", lambda: pack(pairs.contiguous(), 8))
+        words = bench.peer(f"{name} tinygemm packing", lambda: pack(pairs.contiguous(), 8))
         if words is not None:
             params = torch.stack((scales, (8 - zeros.to(scales.dtype)) * scales), -1)
             tinygemm = list(zip(copies(words, count), copies(params, count), strict=True))
@@ -75,6 +79,7 @@ def _problem(bench: Bench, name: str, n: int, k: int) -> Problem:
         name=name,
         n=n,
         k=k,
+        quantised=(q, zeros, scales),
         packed=copies_of(packed, count),
         reference=reference,
         dense=copies(dense, bench.rotation(dense.numel() * dense.element_size())),
@@ -84,8 +89,7 @@ def _problem(bench: Bench, name: str, n: int, k: int) -> Problem:
 
 def _measure(bench: Bench, problem: Problem, m: int) -> Report:
     """One shape at one M: ours and the peers, in microseconds."""
-    plan = bench.plan
-    x = torch.randn(m, problem.k, device=plan.device, dtype=plan.dtype)
+    x = _input(bench, problem, m)
     expected = x.float() @ problem.reference.t()
     floor_us = problem.floor_us(bench, m)
     dense_us = problem.n * problem.k * 2 / bench.read_rate * 1e6
@@ -120,5 +124,26 @@ def _measure(bench: Bench, problem: Problem, m: int) -> Report:
     if m <= TINYGEMM_ROWS and problem.tinygemm:
         tiny = torch.ops.aten._weight_int4pack_mm
         calls = [partial(tiny, x, words, GROUP, params) for words, params in problem.tinygemm]
-        timed("tinygemm", calls, floor_us * max(1, m / 16), expected)
+        label, about_us = f"{problem.name} M={m} tinygemm", floor_us * max(1, m / 16)
+        row["tinygemm_us"] = bench.time_peer(label, calls, expected, about_us)
     return row
+
+
+def _measure_marlin(bench: Bench, problems: Sequence[Problem], rows: Sequence[Report]) -> None:
+    """Into the rows, which hold one shape at one M each."""
+    peers.load(peers.MARLIN)
+    for problem in problems:
+        weight = peers.marlin_weight(*problem.quantised)
+        weights = copies_of(weight, len(problem.packed))
+        for row in rows:
+            if row["shape"] == problem.name:
+                x = _input(bench, problem, row["m"])
+                expected = x.float() @ problem.reference.t()
+                calls = [partial(peers.marlin_linear, x, each) for each in weights]
+                label = f"{problem.name} M={row['m']} marlin"
+                row["marlin_us"] = bench.time_peer(label, calls, expected, row["floor_us"])
+                bench.save()
+
+
+def _input(bench: Bench, problem: Problem, m: int) -> Tensor:
+    return torch.randn(m, problem.k, device=bench.plan.device, dtype=bench.plan.dtype)

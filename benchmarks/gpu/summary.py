@@ -45,6 +45,8 @@ def _stages(report: Report) -> Table:
         rows.append([name, section["ended"], f"{section.get('seconds', 0):.0f}", len(checks),
                      len(wrong), len(errors)])  # fmt: skip
         notes += [f"{name}: {label} is wrong, {checks[label]['error']:.1e}" for label in wrong[:8]]
+        absent = section.get("not at hand", {})
+        notes += [f"{name}: not at hand: {label}: {reason}" for label, reason in absent.items()]
         notes += [
             f"{name}: {label}: {trace.strip().splitlines()[-1][:150]}"
             for label, trace in list(errors.items())[:8]
@@ -53,14 +55,15 @@ def _stages(report: Report) -> Table:
 
 
 def _linears(report: Report) -> Table:
-    names = ("floor", "cublas", "tinygemm", "ours", "partial")
+    names = ("floor", "cublas", "marlin", "tinygemm", "ours", "partial")
     sums = {name: linear_sums(report, name) for name in names}
     rows: list[list[str | float]] = [
         [str(m), *[_cell(sums[name].get(m)) for name in names],
          _cell(_over(sums["cublas"].get(m), ours))]
         for m, ours in sorted(sums["ours"].items())
     ]  # fmt: skip
-    columns = ["M", "floor", "cuBLAS bf16", "tinygemm", "int4", "int4, parts left", "over cuBLAS"]
+    columns = ["M", "floor", "cuBLAS bf16", "Marlin", "tinygemm", "int4", "int4, parts left",
+               "over cuBLAS"]  # fmt: skip
     return Table("Int4 linears, four shapes of Llama-3-8B, us", columns, rows)
 
 
@@ -71,7 +74,7 @@ def _decode_attention(report: Report) -> Table:
         for kind, point in kinds.items():
             if kind != "peers" and point is not None:
                 rows.append([context, kind, point["us"], point["floor_us"], point["tb_s"]])
-        rows += [[context, f"SDPA {name}", us, "", ""] for name, us in peers.items()]
+        rows += [[context, name, us, "", ""] for name, us in peers.items()]
     return Table("Decode attention, us", ["context", "kind", "us", "floor", "TB/s"], rows)
 
 
@@ -92,7 +95,7 @@ def _prefill_attention(report: Report) -> Table:
             if kind != "peers" and point is not None:
                 rows.append([length, kind, point["us"], point["tflop_s"]])
         peers = kinds.get("peers") or {}
-        rows += [[length, f"SDPA {name}", us, ""] for name, us in peers.items()]
+        rows += [[length, name, us, ""] for name, us in peers.items()]
     return Table("Prompt attention, us", ["tokens", "kind", "us", "TFLOP/s"], rows)
 
 

@@ -7,6 +7,9 @@ from benchmarks.gpu.bench import Report
 
 LINEARS_OVER_CUBLAS = {1: 2.8, 16: 3.0, 32: 2.6, 64: 1.9, 128: 1.1, 256: 0.8, 1024: 0.8, 4096: 0.93}
 LINEARS_OVER_TINYGEMM = {1: 1.2, 16: 3.0, 64: 8.0}
+LINEARS_OVER_MARLIN = {1: 1.0, 16: 1.0, 32: 1.0, 64: 1.0}
+# Peers of attention, as reports name them; SDPA's other names say the backend.
+FLASH_3, FLEX, GATHERED = "FlashAttention-3", "flex_attention", "SDPA after gathering"
 DECODE_TOKENS_PER_S = {  # goals at a context of 1,024: engine, keys and values, streams
     ("engine_int4", "plain", "1"): 550.0,
     ("engine_bf16", "plain", "1"): 220.0,
@@ -67,34 +70,51 @@ def linear_sums(report: Report, name: str) -> dict[int, float]:
 
 
 def _linears(report: Report) -> Iterator[Target]:
-    ours, cublas = linear_sums(report, "ours"), linear_sums(report, "cublas")
-    tinygemm = linear_sums(report, "tinygemm")
-    for m, goal in LINEARS_OVER_CUBLAS.items():
-        yield Target(
-            f"int4 linears over cuBLAS bf16, M={m}", goal, _ratio(cublas.get(m), ours.get(m))
-        )
-    for m, goal in LINEARS_OVER_TINYGEMM.items():
-        yield Target(
-            f"int4 linears over tinygemm, M={m}", goal, _ratio(tinygemm.get(m), ours.get(m))
-        )
+    ours = linear_sums(report, "ours")
+    for peer, label, goals in (
+        ("cublas", "cuBLAS bf16", LINEARS_OVER_CUBLAS),
+        ("marlin", "Marlin", LINEARS_OVER_MARLIN),
+        ("tinygemm", "tinygemm", LINEARS_OVER_TINYGEMM),
+    ):
+        sums = linear_sums(report, peer)
+        for m, goal in goals.items():
+            gain = _ratio(sums.get(m), ours.get(m))
+            yield Target(f"int4 linears over {label}, M={m}", goal, gain)
 
 
 def _attention(report: Report) -> Iterator[Target]:
     contexts = report.get("decode_attention", {}).get("contexts", {})
     read = _get(report, "ceilings", "read_tb_s")
     for context, rows in contexts.items():
-        plain = _get(rows, "plain", "us")
+        plain, peers = _get(rows, "plain", "us"), rows.get("peers") or {}
         share = _ratio(_get(rows, "plain", "tb_s"), read)
         yield Target(f"decode attention, share of read rate, context {context}", 0.85, share)
         for name, goal in (("int8", 1.6), ("int4", 2.2)):
             gain = _ratio(plain, _get(rows, name, "us"))
             yield Target(f"{name} keys and values over plain, context {context}", goal, gain)
-        peer = min((rows.get("peers") or {}).values(), default=None)
-        yield Target(f"decode attention over SDPA, context {context}", 1.0, _ratio(peer, plain))
+        for name, us, goal in (
+            (FLASH_3, peers.get(FLASH_3), 0.95),
+            ("SDPA", _fastest_sdpa(peers), 1.0),
+            (GATHERED, peers.get(GATHERED), 3.0),
+            (FLEX, peers.get(FLEX), 1.5),
+        ):
+            if us is not None or name != FLEX:  # measured at one context
+                label = f"decode attention over {name}, context {context}"
+                yield Target(label, goal, _ratio(us, plain))
     for length, rows in report.get("prefill_attention", {}).get("prompts", {}).items():
-        peer = min((rows.get("peers") or {}).values(), default=None)
-        gain = _ratio(peer, _get(rows, "plain", "us"))
-        yield Target(f"prompt attention over SDPA, {length} tokens", 0.7, gain)
+        plain, peers = _get(rows, "plain", "us"), rows.get("peers") or {}
+        for name, us, goal in (
+            ("SDPA", _fastest_sdpa(peers), 0.7),
+            (FLASH_3, peers.get(FLASH_3), 0.55),
+        ):
+            label = f"prompt attention over {name}, {length} tokens"
+            yield Target(label, goal, _ratio(us, plain))
+
+
+def _fastest_sdpa(peers: Report) -> float | None:
+    """Over contiguous keys and values."""
+    times = [us for name, us in peers.items() if name.startswith("SDPA") and name != GATHERED]
+    return min(times, default=None)
 
 
 def _sampling(report: Report) -> Iterator[Target]:
