@@ -15,12 +15,14 @@ import torch
 from benchmarks import record
 from benchmarks.gpu import stages
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.engine_speed import shares, time_decode
+from benchmarks.gpu.engine_speed import Span, shares, step_kernels, time_decode
 from benchmarks.gpu.engines import decoding, generate
-from benchmarks.gpu.plan import REHEARSAL
+from benchmarks.gpu.floors import kernel_floors, merged_linears, step_floor
+from benchmarks.gpu.plan import GPU, REHEARSAL
 from benchmarks.gpu.stages import GRACE_SECONDS, RUN_SECONDS, STAGES, TUNE, read_report
 from benchmarks.gpu.summary import tables
 from benchmarks.gpu.targets import targets
+from benchmarks.gpu.transformers_speed import shared_rate
 from benchmarks.gpu.tune import write
 from engine.errors import InvalidRequestError
 from engine.outputs import SequenceOutput
@@ -187,14 +189,73 @@ def test_a_profiler_that_fails_leaves_the_speed(tmp_path: Path) -> None:
     assert not engine.running
 
 
+def _spans(*times: tuple[str, float, float]) -> list[Span]:
+    return [Span(*each) for each in times]
+
+
 def test_waits_for_the_host_are_the_long_gaps() -> None:
-    spans = [(0.0, 40.0), (42.0, 60.0), (50.0, 80.0), (90.0, 100.0)]
+    spans = _spans(("a", 0, 40), ("b", 42, 60), ("c", 50, 80), ("d", 90, 100))
     found = shares(spans, num_steps=2, step_us=55.0)
     assert found["busy_us"] == pytest.approx(44.0)
     assert found["idle_share"] == pytest.approx(0.2)
     assert found["waiting_share"] == pytest.approx(0.1)
     with pytest.raises(RuntimeError, match="no kernel"):
         shares([], num_steps=2, step_us=55.0)
+
+
+def test_a_layers_products_are_told_apart_by_their_order() -> None:
+    product, dense = "w4a16_kernel", "nvjet_gemm" + "x" * 90
+    step = [(product, 3.0), ("decode_plain_kernel", 9.0), (product, 2.0), (product, 14.0),
+            (product, 7.0), (dense, 40.0)]  # fmt: skip
+    spans = [Span(name, i, i + us) for i, (name, us) in enumerate(2 * step)]
+    kernels = step_kernels(spans, num_steps=2)
+    assert {name: row["us"] for name, row in kernels.items()} == {
+        dense[:60]: 40.0, "int4 gate_up": 14.0, "decode_plain_kernel": 9.0,
+        "int4 down": 7.0, "int4 qkv": 3.0, "int4 o": 2.0,
+    }  # fmt: skip
+    assert {row["launches"] for row in kernels.values()} == {1.0}
+    assert next(iter(kernels)).startswith("nvjet")
+    assert product in step_kernels(spans[:-3], num_steps=2)  # not whole layers
+
+    report = {"engine_int4": {"plain": {"decode": {"64": {
+        "tokens_per_s": 1.0, "step_us": 80.0, "floor_us": 40.0, "kernels": kernels,
+        "floors_us": {"head": 30.0, "attention": 8.0, "int4 down": 6.5},
+    }}}}}  # fmt: skip
+    table = next(table for table in tables(report) if table.title.startswith("Decode step"))
+    assert table.columns == ["kernel", "64 streams", "floor"]
+    assert [row[2] for row in table.rows] == [30.0, "-", 8.0, 6.5, "-", "-"]
+
+
+def test_phases_of_a_step_add_up_to_its_floor(tmp_path: Path) -> None:
+    bench = Bench(GPU, {}, {}, tmp_path / "stages.json", math.inf)
+    floors = kernel_floors(bench, True, 8, 64, 1024.0)
+    whole = step_floor(bench, True, 8, 64, 1024.0)
+    products = sum(us for name, us in floors.items() if name.startswith("int4"))
+    assert products >= whole.linears * (1 - 1e-9)  # the larger of bytes and FLOPs of each
+    assert products == pytest.approx(whole.linears, rel=0.05)
+    assert floors["attention"] == whole.attention
+    assert merged_linears(GPU.model) == GPU.linears
+
+
+def test_the_rate_of_streams_is_that_of_their_common_time() -> None:
+    stamps = [[0.0, 1.0, 2.0, 3.0, 4.0], [2.0, 3.0, 4.0, 5.0]]
+    assert shared_rate(stamps) == pytest.approx(2.0)
+    with pytest.raises(AssertionError, match="no time"):
+        shared_rate([[0.0, 1.0], [2.0, 3.0]])
+
+
+def test_time_that_a_stage_leaves_is_the_next_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: dict[str, float] = {}
+    monkeypatch.setattr(
+        stages, "_start", lambda names, path, seconds, rehearse: limits.update({names[0]: seconds})
+    )
+    stages.run_all([stage.name for stage in STAGES], tmp_path / "x", False, lambda report: None)
+    assert all(limits[stage.name] >= stage.seconds - GRACE_SECONDS for stage in STAGES)
+    assert limits[STAGES[-1].name] == pytest.approx(RUN_SECONDS - GRACE_SECONDS, abs=1)
+    first = RUN_SECONDS - GRACE_SECONDS - sum(stage.seconds for stage in STAGES[1:])
+    assert limits[STAGES[0].name] == pytest.approx(max(first, STAGES[0].seconds), abs=1)
 
 
 def test_tuned_tiles_are_written_as_launchers_read_them(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """The engine on a random Llama-3-8B: decode steps, prompts and the GPU's idle share."""
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,13 +13,15 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.bench import Bench, Report
 from benchmarks.gpu.engines import Streams, decoding, generate, random_engine, random_prompts
-from benchmarks.gpu.floors import step_floor
+from benchmarks.gpu.floors import kernel_floors, step_floor
 from engine.engine import Engine
 
 WARM_STEPS = 8
 PROFILED_STEPS = 8
 # Gaps between kernels of one graph are shorter; longer ones are waits for the host.
 WAIT_US = 5.0
+W4A16_KERNEL, PRODUCTS = "w4a16_kernel", ("qkv", "o", "gate_up", "down")
+NAME_LENGTH = 60  # of kernels: cuBLAS's are longer
 
 
 def measure(bench: Bench, name: str, int4: bool, policy: int) -> None:
@@ -48,6 +52,8 @@ def measure(bench: Bench, name: str, int4: bool, policy: int) -> None:
             floor_us = partial(_floor_us, bench, int4, policy, streams)
             action = partial(time_decode, bench, engine, label, streams, floor_us, decode)
             bench.attempt(label, action)
+            if row := decode.get(str(streams)):
+                row["floors_us"] = kernel_floors(bench, int4, policy, streams, row["context"])
             bench.save()
 
 
@@ -106,38 +112,68 @@ def time_decode(
             row |= bench.attempt(f"{label} profile", profiled) or {}
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What the GPU did, in microseconds."""
+
+    name: str
+    start: float
+    end: float
+
+
 def _profile(running: Streams, step_us: float) -> Report:
     """Profiling stretches gaps, hardly kernels."""
+    torch.cuda.synchronize()  # the step ahead is not among those counted
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         running.seconds_per_step(PROFILED_STEPS)
         torch.cuda.synchronize()
     spans = [
-        (event.time_range.start, event.time_range.end)
+        Span(event.name, event.time_range.start, event.time_range.end)
         for event in trace.events() or []
         if event.device_type.name == "CUDA"
     ]
-    return shares(spans, PROFILED_STEPS, step_us)
+    return shares(spans, PROFILED_STEPS, step_us) | {"kernels": step_kernels(spans, PROFILED_STEPS)}
 
 
-def shares(spans: list[tuple[float, float]], num_steps: int, step_us: float) -> Report:
+def step_kernels(spans: Sequence[Span], num_steps: int) -> dict[str, Report]:
+    """Launches and microseconds of a step by kernel, the longest first.
+
+    The four products of a layer are one kernel; their order tells them apart.
+    """
+    kernels: dict[str, Report] = {}
+    spans = sorted(spans, key=lambda span: span.start)
+    products = [span for span in spans if span.name == W4A16_KERNEL]
+    whole = len(products) % (num_steps * len(PRODUCTS)) == 0
+    order = itertools.cycle(PRODUCTS)
+    for span in spans:
+        name = span.name[:NAME_LENGTH]
+        if whole and span.name == W4A16_KERNEL:
+            name = f"int4 {next(order)}"
+        kernel = kernels.setdefault(name, {"launches": 0.0, "us": 0.0})
+        kernel["launches"] += 1 / num_steps
+        kernel["us"] += (span.end - span.start) / num_steps
+    return dict(sorted(kernels.items(), key=lambda item: -item[1]["us"]))
+
+
+def shares(spans: Sequence[Span], num_steps: int, step_us: float) -> Report:
     """Shares of the time in which no kernel ran, and in which the GPU waited for the host.
 
-    The first one is of steps that were not profiled. Spans are microseconds from start to end.
+    The first one is of steps that were not profiled.
     """
     if not spans:
         raise RuntimeError("the profiler saw no kernel")
-    spans = sorted(spans)
-    busy, waited, (start, end) = 0.0, 0.0, spans[0]
-    for each_start, each_end in spans[1:]:
-        if each_start > end:
+    spans = sorted(spans, key=lambda span: span.start)
+    busy, waited, start, end = 0.0, 0.0, spans[0].start, spans[0].end
+    for span in spans[1:]:
+        if span.start > end:
             busy += end - start
-            waited += each_start - end if each_start - end > WAIT_US else 0.0
-            start = each_start
-        end = max(end, each_end)
+            waited += span.start - end if span.start - end > WAIT_US else 0.0
+            start = span.start
+        end = max(end, span.end)
     busy += end - start
     busy_us = busy / num_steps
     return {
         "busy_us": busy_us,
         "idle_share": 1 - busy_us / step_us,
-        "waiting_share": waited / (end - spans[0][0]),
+        "waiting_share": waited / (end - spans[0].start),
     }

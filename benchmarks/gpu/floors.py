@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.bench import Bench, Report
 from benchmarks.random_checkpoint import LlamaShape
 
 GROUP_BYTES = 3  # a scale of two bytes and a zero point of one
@@ -32,6 +32,33 @@ def kv_bytes_per_token(shape: LlamaShape, policy: int) -> float:
     values = {0: 2.0, 8: 1.0, 4: 0.5, 16: 1.0}[policy] * shape.head_dim
     params = PARAMS_BYTES if policy else 0
     return 2 * shape.num_layers * shape.num_kv_heads * (values + params)
+
+
+def kernel_floors(bench: Bench, int4: bool, policy: int, streams: int, context: float) -> Report:
+    """Microseconds of a step's phases, by the name that `step_kernels` has for them."""
+    step = step_floor(bench, int4, policy, streams, context)
+    floors: Report = {"attention": step.attention, "head": step.head}
+    if int4:
+        shape = bench.plan.model
+        for name, (n, k) in merged_linears(shape).items():
+            num_weights = shape.num_layers * n * k
+            num_bytes = int4_bytes(num_weights, shape.group_size)
+            floors[f"int4 {name}"] = _phase(bench, num_bytes, 2.0 * num_weights * streams)
+    return floors
+
+
+def merged_linears(shape: LlamaShape) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) of a layer's products in their order, as the engine computes
+    them.
+    """
+    linears = list(shape.linears().values())
+    k = shape.hidden_size
+    return {
+        "qkv": (sum(n for n, _ in linears[:3]), k),
+        "o": linears[3],
+        "gate_up": (sum(n for n, _ in linears[4:6]), k),
+        "down": linears[6],
+    }
 
 
 def step_floor(bench: Bench, int4: bool, policy: int, streams: int, context: float) -> StepFloor:

@@ -57,13 +57,16 @@ def run_all(
         _start([stage.name for stage in wanted], path, 600.0, rehearse)
         return read_report(path)
     deadline = time.monotonic() + RUN_SECONDS
+    reserved = sum(stage.seconds for stage in wanted)
     for stage in wanted:
+        reserved -= stage.seconds
         left = deadline - time.monotonic() - GRACE_SECONDS
         if left < GRACE_SECONDS:
             _note(path, stage.name, "no time left", 0.0)
             continue
         print(f"== {stage.name}", flush=True)
-        _start([stage.name], path, min(stage.seconds, left), rehearse)
+        # What earlier stages left over is this one's as well.
+        _start([stage.name], path, min(left, max(stage.seconds, left - reserved)), rehearse)
         try:
             after_each(read_report(path))
         except Exception:  # noqa: BLE001 - the numbers are on disk, and other stages are to run

@@ -1,5 +1,6 @@
 """The short tables of a run, on the screen and for docs/benchmarks.md."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.gpu.bench import Report
@@ -7,6 +8,9 @@ from benchmarks.gpu.targets import linear_sums, targets
 from benchmarks.record import Table, text
 from benchmarks.record import save as save_record
 from benchmarks.record import show as show_table
+
+SHOWN = 12  # kernels of a step
+DENSE_KERNELS = ("gemm", "gemv", "nvjet", "cutlass")  # in names of cuBLAS's
 
 
 def show(report: Report) -> None:
@@ -24,7 +28,8 @@ def show_stages(report: Report) -> None:
 def tables(report: Report) -> list[Table]:
     makers = (_linears, _decode_attention, _prefill_attention, _rope_store, _sampling, _engine,
               _prompts, _targets, _stages)  # fmt: skip
-    return [table for table in (make(report) for make in makers) if table.rows]
+    made = [*(make(report) for make in makers), *_kernels(report)]
+    return [table for table in made if table.rows]
 
 
 def save(report: Report, folder: Path) -> Path:
@@ -136,6 +141,39 @@ def _engine(report: Report) -> Table:
                 ])  # fmt: skip
     columns = ["weights", "KV", "streams", "tok/s", "ms/step", "floor", "waiting", "no kernel"]
     return Table("Engine, Llama-3-8B, context 1,024", columns, rows)
+
+
+def _kernels(report: Report) -> Iterator[Table]:
+    """Of each engine's decode step: the kernels that take longest with the most streams."""
+    for stage, weights in (("engine_int4", "int4"), ("engine_bf16", "bf16")):
+        for kv, engine in report.get(stage, {}).items():
+            if not isinstance(engine, dict) or "decode" not in engine:
+                continue
+            decode = {s: row for s, row in engine["decode"].items() if row.get("kernels")}
+            names = list(dict.fromkeys(
+                name for row in reversed(decode.values()) for name in list(row["kernels"])[:SHOWN]
+            ))  # fmt: skip
+            rows: list[list[str | float]] = [
+                [
+                    name,
+                    *(
+                        cell
+                        for row in decode.values()
+                        for cell in _kernel_cells(row, name, weights)
+                    ),
+                ]
+                for name in names
+            ]
+            columns = ["kernel", *(column for s in decode for column in (f"{s} streams", "floor"))]
+            yield Table(f"Decode step, {weights} weights, {kv} KV, us by kernel", columns, rows)
+
+
+def _kernel_cells(row: Report, name: str, weights: str) -> tuple[str | float, str | float]:
+    phase = "attention" if name.startswith("decode_") else name
+    if weights == "int4" and any(word in name for word in DENSE_KERNELS):
+        phase = "head"  # the one dense product of such a step
+    kernel = row["kernels"].get(name)
+    return _cell(kernel and kernel["us"]), _cell(row.get("floors_us", {}).get(phase))
 
 
 def _targets(report: Report) -> Table:
