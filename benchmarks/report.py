@@ -12,9 +12,10 @@ from benchmarks.record import RESULTS, text
 PAGE = RESULTS.parent.parent / "docs" / "benchmarks.md"
 INTRO = """# Benchmarks
 
-Made by `make bench`, then rendered by `python -m benchmarks.report`; the numbers are in
-[benchmarks/results](../benchmarks/results). Every section says which machine, revision and
-command it comes from. Goals are in bold where one was set before measuring.
+Made by `make bench` and, on a GPU, `make gpu-bench`, then rendered by
+`python -m benchmarks.report`; the numbers are in [benchmarks/results](../benchmarks/results).
+Every section says which machine, revision and command it comes from. Goals are in
+bold where one was set before measuring.
 """
 
 

@@ -24,6 +24,7 @@ from benchmarks.gpu.summary import tables
 from benchmarks.gpu.targets import targets
 from benchmarks.gpu.transformers_speed import shared_rate
 from benchmarks.gpu.tune import write
+from benchmarks.report import _section as section_of
 from engine.errors import InvalidRequestError
 from engine.outputs import SequenceOutput
 from engine.sequence import EngineRequest
@@ -37,7 +38,9 @@ def _run(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     """In processes that have none of FORBIDDEN."""
     absent = "".join(f"sys.modules[{name!r}] = None\n" for name in FORBIDDEN)
     (folder / "sitecustomize.py").write_text(f"import sys\n{absent}")
-    environment = os.environ | {"PYTHONPATH": f"{folder}:{ROOT}", "OUT": str(folder)}
+    environment = os.environ | {
+        "PYTHONPATH": f"{folder}:{ROOT}", "OUT": str(folder), "MANTA_PEER_LIBRARIES": str(folder)
+    }  # fmt: skip
     command = [sys.executable, "-m", "benchmarks.gpu", *arguments]
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -54,7 +57,14 @@ def test_every_stage_runs_on_tiny_shapes(tmp_path: Path) -> None:
     assert {section["ended"] for section in report.values()} == {"complete"}
     checks = [check for section in report.values() for check in section.get("checks", {}).values()]
     assert len(checks) > 20
-    assert {table.title.split(",")[0] for table in tables(report)} >= {"Goals", "Stages", "Engine"}
+    titles = {table.title.split(",")[0] for table in tables(report)}
+    assert titles >= {"Goals", "Stages", "Engine"}
+    absent = {name: list(section.get("not at hand", {})) for name, section in report.items()}
+    assert absent["linears"] == ["marlin"]
+    assert absent["decode_attention"] == ["FlashAttention-3 100"]
+    page = section_of(json.loads((tmp_path / "gpu.json").read_text()))
+    assert all(f"### {title}" in page for title in titles)
+    assert "linears: not at hand: marlin: FileNotFoundError" in page
 
 
 def test_a_wrong_result_fails_the_run(tmp_path: Path) -> None:
