@@ -5,7 +5,7 @@ all layers that have the same window.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -35,12 +35,21 @@ class KeyBlocks:
     num_kv_heads: int
     num_keys: int
     mask: Tensor  # 0 or -inf; [R, 1, 1, num_keys] or [queries, num_keys]
+    foreign: tuple[Tensor, Tensor] | None = None  # int64 [n] each: sequence and key, not its own
 
     def gather(self, cache: LayerCache) -> tuple[Tensor, Tensor]:
         """cache [num_blocks, 2 * Hkv, block_size, D] -> keys, values [R, Hkv, num_keys, D].
 
-        Those of a quantised cache come in the mask's dtype.
+        Those of a quantised cache come in the mask's dtype. What is not a sequence's own is 0:
+        another may have left a NaN there, which the mask would not stop (0 * NaN is NaN).
         """
+        keys, values = self._gather(cache)
+        if self.foreign is not None:
+            for part in (keys, values):
+                part.transpose(1, 2).index_put_(self.foreign, part.new_zeros(()))
+        return keys, values
+
+    def _gather(self, cache: LayerCache) -> tuple[Tensor, Tensor]:
         if isinstance(cache, QuantizedKV):
             first_heads = self.rows.view(self.num_seqs, 2 * self.num_kv_heads, -1)[:, 0]
             blocks = first_heads // (2 * self.num_kv_heads)
@@ -110,6 +119,10 @@ class Planner:
             hidden = self._hidden(stops[rows, None] - 1 - positions)
             blocks = self._rows(block_tables[rows], starts[rows], num_keys)
             keys = self._key_blocks(blocks, last - first, hidden[:, None, None, :])
+            foreign = np.nonzero(positions >= stops[rows, None])
+            if len(foreign[0]) > 0:
+                seqs, places = (torch.from_numpy(axis).to(self.device) for axis in foreign)
+                keys = replace(keys, foreign=(seqs, places))
             yield DecodeGroup(first, last, keys)
             first = last
 
