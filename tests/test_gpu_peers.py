@@ -198,7 +198,8 @@ def _bundle(*entries: tuple[int, int, bytes]) -> bytes:
 def test_a_library_keeps_the_code_of_one_gpu(tmp_path: Path) -> None:
     both = _bundle((1, 80, b"p" * 24), (2, 80, b"old" * 8), (2, 90, b"new" * 8))
     none = _bundle((2, 75, b"a" * 48), (2, 120, b"b" * 24))
-    library = b"start" + both + b"between \x50\xed\x55\xba" + none + b"end"
+    ptx = _bundle((1, 75, b"older" * 8), (1, 80, b"newer" * 8), (2, 80, b"c" * 8), (1, 100, b"d"))
+    library = b"start" + both + b"between \x50\xed\x55\xba" + none + ptx + b"end"
     kept = strip(library)
     assert len(kept) == len(library)
     assert b"new" * 8 in kept
@@ -206,6 +207,8 @@ def test_a_library_keeps_the_code_of_one_gpu(tmp_path: Path) -> None:
     assert b"ppp" not in kept
     assert kept.startswith(b"start" + _bundle((2, 90, b"new" * 8)) + b"\0")
     assert _bundle((2, 120, b"b" * 24)) in kept
+    assert _bundle((1, 80, b"newer" * 8)) in kept
+    assert b"older" not in kept
     assert kept.endswith(b"\0end")
 
     wheel = tmp_path / "vllm.whl"

@@ -4,7 +4,7 @@
     python -m benchmarks.gpu.peer_libraries WHEELS/vllm-0.24.0-*.whl local/peers
 
 vLLM 0.20 to 0.26 are built for torch 2.11. Without the code for other GPUs than Hopper and
-compressed, 264 MB of libraries become 30 MB. `make gpu-bench` looks for them in local/peers, which
+compressed, 264 MB of libraries become 34 MB. `make gpu-bench` looks for them in local/peers, which
 git ignores, or where `--peer-libraries` says.
 """
 
@@ -22,7 +22,7 @@ CAPABILITY = 90
 BUNDLE = struct.Struct("<4sHHQ")
 MAGIC, VERSION = b"\x50\xed\x55\xba", 1
 ENTRY = struct.Struct("<HxxIQ12xI")
-MACHINE_CODE = 2
+PTX, MACHINE_CODE = 1, 2
 
 
 def pack(wheel: Path, folder: Path) -> list[Path]:
@@ -41,10 +41,7 @@ def pack(wheel: Path, folder: Path) -> list[Path]:
 
 
 def strip(library: bytes, capability: int = CAPABILITY) -> bytes:
-    """Bundles keep only machine code of this capability; zeros fill what the others took.
-
-    A bundle without such code keeps its smallest entry, since none is known to be empty.
-    """
+    """Bundles keep only what this capability runs; zeros fill what the rest took."""
     kept = bytearray(library)
     start = library.find(MAGIC)
     while start >= 0:
@@ -54,14 +51,21 @@ def strip(library: bytes, capability: int = CAPABILITY) -> bytes:
             end = start + len(MAGIC)  # the same four bytes by chance
         else:
             entries = list(_entries(library, start + header, end))
-            wanted = [
-                code for kind, of, code in entries if (kind, of) == (MACHINE_CODE, capability)
-            ]
-            content = b"".join(wanted or [min((code for *_, code in entries), key=len)])
+            content = b"".join(_wanted(entries, capability))
             BUNDLE.pack_into(kept, start, MAGIC, version, header, len(content))
             kept[start + header : end] = content.ljust(size, b"\0")
         start = library.find(MAGIC, end)
     return bytes(kept)
+
+
+def _wanted(entries: list[tuple[int, int, bytes]], capability: int) -> list[bytes]:
+    """Its machine code, else the newest PTX that the driver compiles for it: Marlin's repacking has
+    no other. A bundle for other GPUs keeps its smallest entry, since none is known to be empty.
+    """
+    if exact := [code for kind, of, code in entries if (kind, of) == (MACHINE_CODE, capability)]:
+        return exact
+    ptx = [(of, code) for kind, of, code in entries if kind == PTX and of <= capability]
+    return [max(ptx)[1]] if ptx else [min((code for *_, code in entries), key=len)]
 
 
 def _entries(library: bytes, start: int, end: int) -> Iterator[tuple[int, int, bytes]]:
