@@ -21,8 +21,6 @@ from kernels.gpu.sass import main_loop
 from tests.background import Background
 from tests.spilling_kernel import case
 
-pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-
 TOLERANCE = 0.1
 # Bytes of stack. Triton 3.6 puts one register pair of an fp8 kernel there; 3.9 does not.
 MAX_SPILLS = {80: 0, 89: 8, 90: 0}
