@@ -12,4 +12,4 @@ FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_interpreted(path: Path, background: Background) -> None:
     run = background.interpreted[path].result()
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[:4000]

@@ -16,7 +16,6 @@ record and tail only. Of equal values the lower id wins.
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
@@ -234,19 +233,19 @@ def sample(
     )
 
 
-@cache  # each step asks, and Triton's cdiv and next_power_of_2 take microseconds
 def _constants(
     vocab_size: int, limits: bool, dtype: torch.dtype
 ) -> tuple[dict[str, int], dict[str, int]]:
-    num_blocks = triton.cdiv(vocab_size, BLOCK)
+    """Each step asks: triton.cdiv and next_power_of_2 would take microseconds."""
+    num_blocks = -(-vocab_size // BLOCK)
     num_groups = num_blocks * (BLOCK // GROUP)
     both = {"VOCAB": vocab_size, "LIMITS": limits}
     scan = both | {"BLOCK": BLOCK, "GROUP": GROUP}
     finish = both | {
         "NUM_BLOCKS": num_blocks,
-        "PADDED_BLOCKS": triton.next_power_of_2(num_blocks),
+        "PADDED_BLOCKS": 1 << (num_blocks - 1).bit_length(),
         "NUM_GROUPS": num_groups,
-        "PADDED_GROUPS": triton.next_power_of_2(num_groups),
+        "PADDED_GROUPS": 1 << (num_groups - 1).bit_length(),
         "CAPACITY": CAPACITY,
         "SHIFT": _ZERO_BITS[dtype],
         "TILE": TILE,
