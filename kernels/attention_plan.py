@@ -115,16 +115,27 @@ class Planner:
             num_keys = int(stops[first] - starts[first])
             last = min(first + max(1, GATHER_BYTES // (key_bytes * num_keys)), len(stops))
             rows = slice(first, last)
-            positions = starts[rows, None] + np.arange(num_keys)
-            hidden = self._hidden(stops[rows, None] - 1 - positions)
-            blocks = self._rows(block_tables[rows], starts[rows], num_keys)
-            keys = self._key_blocks(blocks, last - first, hidden[:, None, None, :])
-            foreign = np.nonzero(positions >= stops[rows, None])
-            if len(foreign[0]) > 0:
-                seqs, places = (torch.from_numpy(axis).to(self.device) for axis in foreign)
-                keys = replace(keys, foreign=(seqs, places))
+            keys = self._decode_keys(stops[rows], starts[rows], block_tables[rows], num_keys)
             yield DecodeGroup(first, last, keys)
             first = last
+
+    def _decode_keys(
+        self, stops: IntArray, starts: IntArray, block_tables: Int32Array, num_keys: int
+    ) -> KeyBlocks:
+        """Behind its end a sequence has its first block again, since other blocks are others'."""
+        size, ends = self.block_size, stops[:, None]
+        hidden = self._hidden(ends - 1 - starts[:, None] - np.arange(num_keys))
+        columns = self._columns(starts, num_keys)
+        columns = np.where(columns * size < ends, columns, columns[:, :1])
+        keys = self._key_blocks(
+            self._rows(block_tables, columns), len(stops), hidden[:, None, None, :]
+        )
+        positions = (columns[:, :, None] * size + np.arange(size)).reshape(len(stops), -1)
+        foreign = np.nonzero(positions[:, :num_keys] >= ends)
+        if len(foreign[0]) == 0:
+            return keys
+        seqs, places = (torch.from_numpy(axis).to(self.device) for axis in foreign)
+        return replace(keys, foreign=(seqs, places))
 
     def prefill_tiles(
         self, first_token: int, num_queries: int, context_len: int, block_table: Int32Array
@@ -135,7 +146,7 @@ class Planner:
             positions = np.arange(first, last, dtype=np.int64) + context_len - num_queries
             start, stop = self._first_keys(positions[:1]), int(positions[-1]) + 1
             distance = positions[:, None] - np.arange(start[0], stop)
-            rows = self._rows(block_table[None], start, distance.shape[1])
+            rows = self._rows(block_table[None], self._columns(start, distance.shape[1]))
             keys = self._key_blocks(rows, 1, self._hidden(distance))
             yield PrefillTile(first_token + first, first_token + last, keys)
 
@@ -152,10 +163,12 @@ class Planner:
             return distance < 0
         return (distance < 0) | (distance >= self.window)
 
-    def _rows(self, block_tables: Int32Array, starts: IntArray, num_keys: int) -> IntArray:
-        """[2 * R * Hkv * blocks]; places behind a table's end repeat its last entry, masked."""
-        columns = (starts // self.block_size)[:, None] + np.arange(-(-num_keys // self.block_size))
-        columns = np.minimum(columns, block_tables.shape[1] - 1)
+    def _columns(self, starts: IntArray, num_keys: int) -> IntArray:
+        """[R, blocks] of the block tables."""
+        return (starts // self.block_size)[:, None] + np.arange(-(-num_keys // self.block_size))
+
+    def _rows(self, block_tables: Int32Array, columns: IntArray) -> IntArray:
+        """[2 * R * Hkv * blocks]."""
         blocks = np.take_along_axis(block_tables, columns, axis=1).astype(np.int64)
         # A head's keys and values side by side: torch splits the gather and the products over
         # threads at the same heads, so that a core finds in its cache what it gathered.
