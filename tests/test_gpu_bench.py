@@ -218,14 +218,14 @@ def test_a_layers_products_are_told_apart_by_their_order() -> None:
     step = [(product, 3.0), ("decode_plain_kernel", 9.0), (product, 2.0), (product, 14.0),
             (product, 7.0), (dense, 40.0)]  # fmt: skip
     spans = [Span(name, i, i + us) for i, (name, us) in enumerate(2 * step)]
-    kernels = step_kernels(spans, num_steps=2)
+    kernels = step_kernels(spans, num_steps=2, num_layers=1)
     assert {name: row["us"] for name, row in kernels.items()} == {
         dense[:60]: 40.0, "int4 gate_up": 14.0, "decode_plain_kernel": 9.0,
         "int4 down": 7.0, "int4 qkv": 3.0, "int4 o": 2.0,
     }  # fmt: skip
     assert {row["launches"] for row in kernels.values()} == {1.0}
     assert next(iter(kernels)).startswith("nvjet")
-    assert product in step_kernels(spans[:-3], num_steps=2)  # not whole layers
+    assert product in step_kernels(spans, num_steps=1, num_layers=3)  # some are cuBLAS's
 
     report = {"engine_int4": {"plain": {"decode": {"64": {
         "tokens_per_s": 1.0, "step_us": 80.0, "floor_us": 40.0, "kernels": kernels,
