@@ -29,6 +29,7 @@ from engine.models.layout import expected_tensors
 from engine.sampling_params import SamplingParams
 from engine.sequence import EngineRequest
 from engine.weights.checkpoint import ALL, ExpectedTensor
+from kernels.gpu import has_gpu
 
 NIBBLE_DEVIATION = 4.6  # of uniform 0 … 15
 # AWQ's zero points lie around 8: nibbles of 6 and 0 to 3 more.
@@ -42,7 +43,7 @@ class RandomCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.tensors: dict[str, ExpectedTensor] = expected_tensors(load_spec(path), head=True)
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = "cuda" if has_gpu() else "cpu"
 
     def __enter__(self) -> "RandomCheckpoint":
         return self
@@ -100,7 +101,7 @@ def open_engine(checkpoint: Path, **settings: Any) -> Engine:
     a share of what is free.
     """
     gc.collect()
-    if torch.cuda.is_available():
+    if has_gpu():
         torch.cuda.empty_cache()
     config = EngineConfig(
         model=str(checkpoint), **{"device": "cuda", "weights_cache": None} | settings
