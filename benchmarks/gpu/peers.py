@@ -31,7 +31,7 @@ ZERO_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 @cache
 def load(name: str) -> Path:
     """What was loaded; raises FileNotFoundError where the library is not at hand."""
-    folder = Path(os.environ.get(FOLDER, ""))
+    folder = Path(os.environ[FOLDER])
     vllm = find_spec("vllm")
     folders = [folder, *map(Path, (vllm and vllm.submodule_search_locations) or ())]
     for found in (path for each in folders for path in sorted(each.glob(f"**/{name}*"))):
