@@ -97,7 +97,6 @@ def _batch(num_new: list[int], context_len: int | None) -> Batch:
     return batch
 
 
-@torch.inference_mode()
 def _compute(model: RankModel, steps: GpuSteps, batch: Batch) -> None:
     _logits(model, steps.forward(batch, _input(model, batch.num_tokens)))
 
@@ -110,6 +109,7 @@ def _input(model: RankModel, num_tokens: int) -> Tensor | None:
     return torch.zeros(shape, dtype=model.dtype, device=model.tensor_device)
 
 
+@torch.inference_mode()
 def _logits(model: RankModel, hidden: Tensor) -> None:
     if model.group.is_last_stage:
         sampled = model.decoder.logits(hidden[: model.config.max_num_seqs])
