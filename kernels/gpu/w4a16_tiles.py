@@ -160,8 +160,8 @@ def fit(tile: Tile, kernel: str, n: int, k: int, group_size: int, bucket: int, c
     )
     steps = -(-k // tile.block_k)
     programs = -(-bucket // tile.block_m) * -(-n // tile.block_n)
-    # Of an output: 4 bytes per row, written and read in L2 while memory gives half as many, against
-    # half a byte per input of a step.
+    # Bytes per output: a part's sums are 4 a row, written and read in L2, which gives two while
+    # memory gives one; a step's weights are half a byte per input.
     part = 8 * min(bucket, tile.block_m) / tile.block_k
     splits = tile.splits or num_splits(programs, steps, part, chip)
     # The same number of steps for every part, and no part without any.
@@ -170,19 +170,19 @@ def fit(tile: Tile, kernel: str, n: int, k: int, group_size: int, bucket: int, c
 
 
 def num_splits(programs: int, steps: int, part: float, chip: Chip) -> int:
-    """Of the numbers that give an SM PROGRAMS_PER_SM or more, the one whose busiest SM has least to
-    do: `steps` cut by it, and `part` of a step for each part's sums.
+    """The number with which the busiest SM has least to do, between about PROGRAMS_PER_SM an SM and
+    twice as many: a program has its share of `steps`, and writing its sums is `part` of a step.
 
     Counted, not timed: 48 tiles of 32 steps (6144 x 4096) are 11.6 steps for each of 132 SMs; the
     busiest has 18 with 6 parts, which are 2.2 programs an SM, and 12 with 8.
     """
-    least = min(max(1, PROGRAMS_PER_SM * chip.num_sms // programs), MAX_SPLITS)
-    most = 2 * least if programs <= PROGRAMS_PER_SM * chip.num_sms else 1
+    about = PROGRAMS_PER_SM * chip.num_sms // programs
+    least, most = (min(max(1, number), MAX_SPLITS) for number in (about, 2 * about))
 
     def busiest(splits: int) -> float:
         return -(-programs * splits // chip.num_sms) * (-(-steps // splits) + part)
 
-    return min(range(least, min(most, MAX_SPLITS) + 1), key=busiest)
+    return min(range(least, most + 1), key=busiest)
 
 
 def choose_block_k(wanted: int, k: int, group_size: int) -> int:
