@@ -256,6 +256,8 @@ def main() -> None:
     parser.add_argument("--arch", nargs="+", type=int, default=CAPABILITIES)
     parser.add_argument("--write-table", action="store_true", help=f"into {TABLE.name}")
     arguments = parser.parse_args()
+    if unknown := set(arguments.modules) - set(modules()):
+        parser.error(f"no kernels in {', '.join(unknown)}; there are in {', '.join(modules())}")
     work = [job for name in arguments.modules or modules() for job in jobs(name, arguments.arch)]
     results = {}
     failed = 0
