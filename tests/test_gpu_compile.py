@@ -1,7 +1,7 @@
 """Every form of every Triton kernel compiles for GPUs that are not here, as lean as it was.
 
-No spills, shared memory within the chip's, and the main loop's instructions per element within a
-tenth of kernels/gpu/instructions.json.
+No spills but for MAX_SPILLS, shared memory within the chip's, and the main loop's instructions per
+element within a tenth of kernels/gpu/instructions.json.
 """
 
 from pathlib import Path
