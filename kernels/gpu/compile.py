@@ -4,7 +4,7 @@ Each kernel module lists its `compile_cases()`: every form that the engine launc
 compiler makes of them is in instructions.json, by version of Triton and compute capability, so
 that a kernel that grew slower shows where no GPU is (tests/test_gpu_compile.py).
 
-    python -m kernels.gpu.compile [--arch 80 90] [--write-table] [MODULE ...]
+    python -m kernels.gpu.compile [--arch 80 --arch 90] [--write-table] [MODULE ...]
 """
 
 import argparse
@@ -253,12 +253,13 @@ def write_table(results: dict[Job, Compiled]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile every kernel without a GPU.")
     parser.add_argument("modules", nargs="*", help="of kernels/gpu; all of them without")
-    parser.add_argument("--arch", nargs="+", type=int, default=CAPABILITIES)
+    parser.add_argument("--arch", action="append", type=int, help="again for several; all without")
     parser.add_argument("--write-table", action="store_true", help=f"into {TABLE.name}")
     arguments = parser.parse_args()
     if unknown := set(arguments.modules) - set(modules()):
         parser.error(f"no kernels in {', '.join(unknown)}; there are in {', '.join(modules())}")
-    work = [job for name in arguments.modules or modules() for job in jobs(name, arguments.arch)]
+    names, capabilities = arguments.modules or modules(), arguments.arch or CAPABILITIES
+    work = [job for name in names for job in jobs(name, capabilities)]
     results = {}
     failed = 0
     print(f"{'':70s}  arch  regs spills  shared  wgmma   mma  per element")
