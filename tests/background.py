@@ -6,6 +6,7 @@ processes of their own. They run at the lowest priority, and their tests come la
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -60,6 +61,7 @@ def computing(asked: Sequence[dict[str, Any]]) -> Iterator[Background]:
 
 
 def _begin(cache: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     os.nice(LOWEST)
     os.environ["TRITON_CACHE_DIR"] = cache
 
