@@ -139,6 +139,20 @@ def test_native_decodes(heads: tuple[int, int, int], block_size: int, window: in
     assert error < 2 * torch.finfo(torch.bfloat16).eps
 
 
+def test_decode_rows_gather_their_own_blocks() -> None:
+    """Behind a sequence's end its first again: only what its last block has left is zeroed."""
+    lengths = np.array([100, 40, 17], dtype=np.int32)
+    tables = np.arange(21, dtype=np.int32).reshape(3, 7)
+    planner = attention_plan.Planner(16, 2, 64, torch.float32, "cpu", None)
+    (group,) = planner.decodes(lengths, tables).groups
+    blocks = group.keys.rows.view(3, 4, 7)[:, 0] // 4
+    assert blocks.tolist() == [[*range(7)], [7, 8, 9, *[7] * 4], [14, 15, *[14] * 5]]
+    assert group.keys.foreign is not None
+    seqs, places = (axis.tolist() for axis in group.keys.foreign)
+    assert seqs == [1] * 8 + [2] * 15
+    assert places == [*range(40, 48), *range(17, 32)]
+
+
 def test_store_touches_only_its_slots() -> None:
     case = make_case(MIXES["decodes and prefills"], (4, 2, 64), None, torch.float32)
     before = case.cache.float().nan_to_num()
