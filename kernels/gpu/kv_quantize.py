@@ -1,6 +1,6 @@
 """kernels.kv_layout.quantize_kv and its byte order, for kernels that write a quantised cache.
 
-The bytes are those of the torch twin, in the interpreter bit by bit.
+The bytes are those of the torch twin, in the interpreter bit by bit, where all values are finite.
 
 A NaN shows in the params alone: readers mask those of slots behind a context, but not their bytes,
 and one that fp8 takes for NaN would outlive its sequence in a block that is given to another.
