@@ -59,12 +59,12 @@ def test_every_stage_runs_on_tiny_shapes(tmp_path: Path) -> None:
     assert len(checks) > 20
     titles = {table.title.split(",")[0] for table in tables(report)}
     assert titles >= {"Goals", "Stages", "Engine"}
-    absent = {name: list(section.get("not at hand", {})) for name, section in report.items()}
+    absent = {name: list(section.get("left out", {})) for name, section in report.items()}
     assert absent["linears"] == ["marlin"]
     assert absent["decode_attention"] == ["FlashAttention-3 100"]
     page = section_of(json.loads((tmp_path / "gpu.json").read_text()))
     assert all(f"### {title}" in page for title in titles)
-    assert "linears: not at hand: marlin: FileNotFoundError" in page
+    assert "linears: left out: marlin: FileNotFoundError" in page
 
 
 def test_a_wrong_result_fails_the_run(tmp_path: Path) -> None:

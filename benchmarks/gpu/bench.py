@@ -76,8 +76,8 @@ class Bench:
             raise
         except Exception as error:  # noqa: BLE001 - peers raise what they like
             reason = f"{type(error).__name__}: {error}"[:300]
-            self.section.setdefault("not at hand", {})[label] = reason
-            print(f"  not at hand: {label}: {reason}"[:300], flush=True)
+            self.section.setdefault("left out", {})[label] = reason
+            print(f"  left out: {label}: {reason}"[:300], flush=True)
             return None
 
     def time_peer(
@@ -87,7 +87,7 @@ class Bench:
         expected: Tensor,
         floor_us: float,
     ) -> float | None:
-        """Microseconds of a peer whose first rows are what is expected; None: it is not at hand."""
+        """Microseconds of a peer whose first rows are what is expected; None: it is left out."""
 
         def check_and_time() -> float:
             found = calls[-1]().reshape(-1, expected.shape[-1])[: len(expected)]

@@ -28,8 +28,8 @@ class Stage:
     seconds: float
 
 
-# What would be missed most comes first. 390 s by estimate on 16 processors, of which a compiler
-# takes 100: 0.9 s of a processor for each of 310 kernels, and 45 in turn for the tiny engines.
+# What would be missed most comes first. 390 s by estimate on 16 processors, of which compilers
+# take 60: 0.9 s of a processor for each of 310 kernels, and 45 in turn for the tiny engines.
 STAGES = (
     Stage("ceilings", 20),
     Stage("warm_caches", 40),

@@ -50,8 +50,8 @@ def _stages(report: Report) -> Table:
         rows.append([name, section["ended"], f"{section.get('seconds', 0):.0f}", len(checks),
                      len(wrong), len(errors)])  # fmt: skip
         notes += [f"{name}: {label} is wrong, {checks[label]['error']:.1e}" for label in wrong[:8]]
-        absent = section.get("not at hand", {})
-        notes += [f"{name}: not at hand: {label}: {reason}" for label, reason in absent.items()]
+        absent = section.get("left out", {})
+        notes += [f"{name}: left out: {label}: {reason}" for label, reason in absent.items()]
         notes += [
             f"{name}: {label}: {trace.strip().splitlines()[-1][:150]}"
             for label, trace in list(errors.items())[:8]
