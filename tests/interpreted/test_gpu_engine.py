@@ -24,6 +24,7 @@ from tests.interpreted.gpu_engines import (
     prompts,
     run_rank,
 )
+from tests.interpreted.reading import reading_nothing
 from tests.test_tensor_parallel import free_port
 from tests.tiny_models import TinyModel, tiny_model
 
@@ -75,11 +76,13 @@ def test_the_tokens_are_those_of_transformers() -> None:
 
 
 @pytest.mark.parametrize("ahead", [True, False])
-def test_int4_weights(ahead: bool) -> None:
-    """With and without what a GPU does for speed."""
+def test_int4_weights(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without what a GPU does for speed; launching waits for nothing."""
     switches = {"enable_cuda_graphs": ahead, "enable_async_scheduling": ahead}
     engine = make_engine(model(32).path, **switches)
     assert engine.info.max_in_flight == 1 + ahead
+    worker = worker_of(engine)
+    monkeypatch.setattr(worker, "launch", reading_nothing(worker.launch))
     for index, output in generate(engine, (0, 1)).items():
         assert output.token_ids == greedy(index, 32)
 
