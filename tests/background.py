@@ -42,11 +42,9 @@ def computing(asked: Sequence[dict[str, Any]]) -> Iterator[Background]:
     share = max(1, len(os.sched_getaffinity(0)) // (2 if files and work else 1))
     spawn = multiprocessing.get_context("spawn")  # torch has started threads here
     processes: list[subprocess.Popen[str]] = []
-    with (
-        tempfile.TemporaryDirectory(prefix="manta-triton-") as cache,  # not the user's
-        ThreadPoolExecutor(share) as interpreters,
-        ProcessPoolExecutor(share, spawn, initializer=_begin, initargs=(cache,)) as compilers,
-    ):
+    interpreters = ThreadPoolExecutor(share)
+    with tempfile.TemporaryDirectory(prefix="manta-triton-") as cache:  # not the user's
+        compilers = ProcessPoolExecutor(share, spawn, initializer=_begin, initargs=(cache,))
         try:
             yield Background(
                 {path: interpreters.submit(_interpret, path, processes) for path in files},
@@ -54,9 +52,9 @@ def computing(asked: Sequence[dict[str, Any]]) -> Iterator[Background]:
             )
         finally:  # with work left only where the run was stopped
             interpreters.shutdown(wait=False, cancel_futures=True)
-            compilers.shutdown(wait=False, cancel_futures=True)
             for process in processes:
                 process.terminate()
+            compilers.shutdown(cancel_futures=True)
 
 
 def _begin(cache: str) -> None:
