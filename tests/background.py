@@ -39,12 +39,13 @@ def computing(asked: Sequence[dict[str, Any]]) -> Iterator[Background]:
         if "module" in params
         for job in jobs(params["module"], [params["capability"]])
     ]
-    processors = len(os.sched_getaffinity(0))  # of each kind: who ends first leaves none idle
+    # Four processes on two processors made a test of autoscaling take 88 s, and two of them 56.
+    share = max(1, len(os.sched_getaffinity(0)) // (2 if files and work else 1))
     spawn = multiprocessing.get_context("spawn")  # torch has started threads here
     processes: list[subprocess.Popen[str]] = []
-    interpreters = ThreadPoolExecutor(processors)
+    interpreters = ThreadPoolExecutor(share)
     with tempfile.TemporaryDirectory(prefix="manta-triton-") as cache:  # not the user's
-        compilers = ProcessPoolExecutor(processors, spawn, initializer=_begin, initargs=(cache,))
+        compilers = ProcessPoolExecutor(share, spawn, initializer=_begin, initargs=(cache,))
         try:
             yield Background(
                 {path: interpreters.submit(_interpret, path, processes) for path in files},

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 NAME = "scaled"
 NUM_REQUESTS = 12
-PATIENCE_S = 120
+PATIENCE_S = 300
 SCALING = AUTOSCALING | {
     "min_replicas": 0,
     "max_replicas": 2,
