@@ -39,7 +39,7 @@ def computing(asked: Sequence[dict[str, Any]]) -> Iterator[Background]:
         if "module" in params
         for job in jobs(params["module"], [params["capability"]])
     ]
-    # Four processes on two processors made a test of autoscaling take 88 s, and two of them 56.
+    # One process per processor: more would compete with what the tests in front have started.
     share = max(1, len(os.sched_getaffinity(0)) // (2 if files and work else 1))
     spawn = multiprocessing.get_context("spawn")  # torch has started threads here
     processes: list[subprocess.Popen[str]] = []
