@@ -56,7 +56,7 @@ DEFAULTS = {
     256: Tile(128, 256, 64, 8, 3, "before"),
     MAX_KERNEL_ROWS: Tile(128, 256, 64, 8, 3, "before"),
 }
-# Without `has_wide_products`.
+# Without `has_wide_products` both operands of a product are in registers, and wider tiles spill.
 AMPERE = DEFAULTS | {
     64: Tile(64, 128, 64, 8, 3, "before"),
     128: Tile(128, 128, 64, 8, 3, "before"),
